@@ -1,0 +1,317 @@
+//! A machine without a cluster: it numbers its own purges and keeps them.
+//!
+//! Each command is on disk before it is applied, so that a purge which was
+//! answered is still known after a power cut; every [`SNAPSHOT_EVERY`] commands
+//! the state is written as a whole and the commands before it are dropped.
+//! Without a directory everything is in memory, and dies with the cache.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use openraft::AnyError;
+use tokio::sync::watch;
+
+use crate::data_dir::DataDir;
+use crate::handle::{ClusterStatus, NodeStatus, PurgeError, PurgeReceipt, StartError};
+use crate::members::{Member, NodeState, Role};
+use crate::purge::PurgeItem;
+use crate::raft::store::{Rows, encode, read_file, replace_file};
+use crate::replica::Replica;
+use crate::slice::HashKey;
+use crate::state::{ClusterState, Command, Outcome};
+use crate::{NodeId, PurgeIndex};
+
+/// The number of a machine alone.
+pub(crate) const ME: NodeId = NodeId(1);
+/// Commands between two snapshots: a start replays no more than these.
+const SNAPSHOT_EVERY: u64 = 4096;
+
+/// See the module's text.
+pub(crate) struct Alone {
+    pub(crate) replica: Arc<Replica>,
+    /// Locked from choosing an index until its command is applied.
+    kept: Mutex<Option<Kept>>,
+    failed: watch::Sender<Option<StartError>>,
+}
+
+/// The commands on disk.
+struct Kept {
+    rows: Rows,
+    snapshot: PathBuf,
+    /// Highest command in the snapshot.
+    folded: PurgeIndex,
+    _dir: DataDir,
+}
+
+impl Alone {
+    /// Opens or founds the cluster of one.
+    pub(crate) fn open(data_dir: Option<PathBuf>) -> Result<Alone, StartError> {
+        let (kept, replica) = match data_dir {
+            Some(path) => {
+                let (kept, replica) = Kept::open(DataDir::take(&path)?)?;
+                (Some(kept), replica)
+            }
+            None => (None, Replica::new(ME, ClusterState::default())),
+        };
+        let alone = Alone {
+            replica,
+            kept: Mutex::new(kept),
+            failed: watch::Sender::new(None),
+        };
+        if alone.replica.view().hash_key.is_none() {
+            alone
+                .execute(Command::Found {
+                    hash_key: HashKey(rand::random()),
+                    lease: Duration::MAX,
+                })
+                .map_err(|reason| alone.disk(reason))?;
+        }
+        let member = Member {
+            id: ME,
+            machine: 0,
+            advertise: "localhost".into(),
+            role: Role::Voter,
+            weight: 1,
+            state: NodeState::Active,
+        };
+        if !alone.replica.view().members.contains_key(&ME) {
+            alone
+                .execute(Command::NodeJoin(member))
+                .map_err(|reason| alone.disk(reason))?;
+        }
+        Ok(alone)
+    }
+
+    /// Purges; on disk, and in force, when this returns. Blocks for an fsync.
+    pub(crate) fn purge(
+        &self,
+        items: Vec<PurgeItem>,
+        token: u128,
+    ) -> Result<PurgeReceipt, PurgeError> {
+        match self.execute(Command::Purge { items, token }) {
+            Ok(Outcome::Purged(index)) => Ok(PurgeReceipt {
+                index,
+                acked: vec![ME],
+                fenced: vec![],
+                pending: vec![],
+            }),
+            Ok(Outcome::Refused(why)) => Err(PurgeError::Invalid(why.to_string())),
+            Ok(Outcome::Done) => Err(PurgeError::NotConfirmed("not a purge".into())),
+            Err(reason) => Err(PurgeError::NotConfirmed(reason.to_string())),
+        }
+    }
+
+    /// See [`crate::Cluster::failed`].
+    pub(crate) async fn failed(&self) -> StartError {
+        let mut failed = self.failed.subscribe();
+        let reason = failed
+            .wait_for(Option::is_some)
+            .await
+            .map(|reason| reason.clone());
+        match reason {
+            Ok(Some(reason)) => reason,
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// See [`crate::Cluster::status`].
+    pub(crate) fn status(&self) -> ClusterStatus {
+        let view = self.replica.view();
+        let of_member = |member: &Member| NodeStatus {
+            member: member.clone(),
+            up: true,
+            leader: true,
+            applied: Some(self.replica.applied()),
+            ring_share: view.ring.share(member.id),
+        };
+        ClusterStatus {
+            node_id: ME,
+            leader: Some(ME),
+            term: 0,
+            ring_epoch: view.ring.epoch(),
+            purge_index: self.replica.applied(),
+            lease_valid: true,
+            nodes: view.members.values().map(of_member).collect(),
+        }
+    }
+
+    fn execute(&self, command: Command) -> Result<Outcome, AnyError> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = PurgeIndex(self.replica.applied().0 + 1);
+        if let Some(kept) = &*kept
+            && let Err(e) = kept.append(index, &command)
+        {
+            let path = kept.snapshot.clone();
+            let reason = e.to_string();
+            self.failed
+                .send_replace(Some(StartError::Storage { path, reason }));
+            return Err(e);
+        }
+        let outcome = self.replica.apply([(index, Some(command))]);
+        if let Some(kept) = &mut *kept
+            && index.0 - kept.folded.0 >= SNAPSHOT_EVERY
+        {
+            // The purge stands whether or not this succeeds; the next tries again.
+            if let Err(e) = kept.fold(&self.replica) {
+                tracing::warn!(error = %e, "the purge log could not be shortened");
+            }
+        }
+        Ok(outcome.into_iter().next().unwrap_or(Outcome::Done))
+    }
+
+    fn disk(&self, reason: AnyError) -> StartError {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = kept
+            .as_ref()
+            .map(|kept| kept.snapshot.clone())
+            .unwrap_or_default();
+        StartError::Storage {
+            path,
+            reason: reason.to_string(),
+        }
+    }
+}
+
+impl Kept {
+    fn open(dir: DataDir) -> Result<(Kept, Arc<Replica>), StartError> {
+        let snapshot = dir.path().join("alone.snapshot");
+        let rows = Rows::open(&dir.path().join("alone"))?;
+        let load = || -> Result<Arc<Replica>, AnyError> {
+            let state = match read_file(&snapshot).map_err(|e| AnyError::new(&e))? {
+                Some(bytes) => ClusterState::from_bytes(&bytes).map_err(|e| AnyError::new(&e))?,
+                None => ClusterState::default(),
+            };
+            let folded = state.applied();
+            let replica = Replica::new(ME, state);
+            let commands: Vec<(u64, Command)> = rows.scan(&[])?;
+            replica.apply(
+                commands
+                    .into_iter()
+                    .filter(|(index, _)| *index > folded.0)
+                    .map(|(index, command)| (PurgeIndex(index), Some(command))),
+            );
+            Ok(replica)
+        };
+        let replica = load().map_err(|e| StartError::Storage {
+            path: dir.path().into(),
+            reason: e.to_string(),
+        })?;
+        // Only how soon the next snapshot is due: it need not be exact.
+        let folded = replica.applied();
+        Ok((
+            Kept {
+                rows,
+                snapshot,
+                folded,
+                _dir: dir,
+            },
+            replica,
+        ))
+    }
+
+    fn append(&self, index: PurgeIndex, command: &Command) -> Result<(), AnyError> {
+        let row = (index.0.to_be_bytes().to_vec(), encode(&(index.0, command))?);
+        self.rows.commit([row], [], true)
+    }
+
+    fn fold(&mut self, replica: &Replica) -> Result<(), AnyError> {
+        let state = replica.state().clone();
+        replace_file(&self.snapshot, &state.to_bytes()).map_err(|e| AnyError::new(&e))?;
+        let commands: Vec<(u64, Command)> = self.rows.scan(&[])?;
+        let covered = commands
+            .into_iter()
+            .map(|(index, _)| index)
+            .filter(|index| *index <= state.applied().0)
+            .map(|index| index.to_be_bytes().to_vec());
+        self.rows.commit([], covered, true)?;
+        self.folded = state.applied();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::purge::{PurgeMode, Scope, Subject};
+
+    fn url(key: &HashKey, path: &str) -> Vec<PurgeItem> {
+        vec![PurgeItem {
+            scope: Scope::url(key, "a.test", path),
+            mode: PurgeMode::Plain,
+        }]
+    }
+
+    #[test]
+    fn purges_survive_reopening() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Some(dir.path().to_owned());
+        let alone = Alone::open(path.clone()).unwrap();
+        let key = alone.replica.view().hash_key.unwrap();
+        let film = Subject::new(&key, "a.test", "/film", &[""; 0]);
+        let other = Subject::new(&key, "a.test", "/other", &[""; 0]);
+        let version = alone.replica.version();
+        let receipt = alone.purge(url(&key, "/film"), 5).unwrap();
+        assert_ne!(alone.replica.version(), version);
+        assert_eq!(alone.replica.applied(), receipt.index);
+        assert_eq!(
+            alone.purge(url(&key, "/film"), 5).unwrap().index,
+            receipt.index
+        );
+        let applied = alone.replica.applied();
+        assert!(matches!(
+            Alone::open(path.clone()),
+            Err(StartError::Locked { .. })
+        ));
+        drop(alone);
+
+        let alone = Alone::open(path).unwrap();
+        assert_eq!(alone.replica.view().hash_key, Some(key));
+        assert_eq!(alone.replica.applied(), applied);
+        assert_eq!(alone.replica.floor(&film).plain, receipt.index);
+        assert_eq!(alone.replica.floor(&other).plain, PurgeIndex(0));
+        assert!(alone.replica.view().ring.share(ME) > 0.999);
+    }
+
+    #[test]
+    fn the_log_is_folded_and_still_complete() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Some(dir.path().to_owned());
+        let alone = Alone::open(path.clone()).unwrap();
+        let key = alone.replica.view().hash_key.unwrap();
+        let last = (0..20)
+            .map(|n| alone.purge(url(&key, &format!("/{n}")), n).unwrap().index)
+            .last();
+        {
+            let mut kept = alone.kept.lock().unwrap();
+            let kept = kept.as_mut().unwrap();
+            kept.fold(&alone.replica).unwrap();
+            assert_eq!(kept.rows.scan::<(u64, Command)>(&[]).unwrap(), []);
+        }
+        let after = alone.purge(url(&key, "/after"), 99).unwrap().index;
+        drop(alone);
+        let alone = Alone::open(path).unwrap();
+        let floor = |path: &str| {
+            alone
+                .replica
+                .floor(&Subject::new(&key, "a.test", path, &[""; 0]))
+                .plain
+        };
+        assert_eq!(Some(floor("/19")), last);
+        assert_eq!(floor("/after"), after);
+        assert_eq!(alone.replica.applied(), after);
+    }
+
+    #[test]
+    fn without_a_directory_nothing_is_kept() {
+        let alone = Alone::open(None).unwrap();
+        let key = alone.replica.view().hash_key.unwrap();
+        assert!(alone.purge(url(&key, "/"), 1).is_ok());
+        assert!(matches!(
+            alone.purge(vec![], 1),
+            Err(PurgeError::Invalid(_))
+        ));
+        let again = Alone::open(None).unwrap().replica.view().hash_key;
+        assert_ne!(again, Some(key));
+    }
+}
