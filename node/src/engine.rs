@@ -1,0 +1,1059 @@
+//! The request path below the front: which manifest answers this request, and
+//! where do the bytes of a slice come from?
+//!
+//! ```text
+//! resolve: L1 → L2 → manifest owner → origin          (resolve.rs holds the origin's part)
+//! open:    L1 → flight → L2 → slice owner → next owner → origin
+//! answer:  the same for a peer, without any peer in it (invariant 3)
+//! ```
+//!
+//! Decisions about freshness, floors, ranges and owners are made by pure
+//! modules; here they are put in order, and the order is told in one place each.
+
+mod answer;
+mod fill;
+mod inspect;
+mod part;
+mod resolve;
+mod whole;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
+use pingora_slice_cluster::peer::{Body, PeerError};
+use pingora_slice_cluster::purge::{Floor, PurgeItem, PurgeMode, Scope, Subject, joinable};
+use pingora_slice_cluster::slice::{HashKey, Touched};
+use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Resolution, ResolveAsk};
+use pingora_slice_cluster::{Cluster, Generation, NodeId, ObjectKey};
+use tokio::runtime::Handle;
+
+use crate::budget::{Budget, Permit};
+use crate::config::Config;
+use crate::flight::{Flights, SliceReader};
+use crate::freshness::{self, Demands, Policy, Use, unix_ms};
+use crate::l1::{Kept, L1};
+use crate::l2::L2;
+use crate::manifest::{self, Manifest, Record, Stored, Url};
+use crate::metrics::Metrics;
+use crate::origin::{Origin, OriginBody};
+use crate::plan;
+use crate::purge::normalise_host;
+use crate::stitch::StitchLog;
+
+pub use fill::Fill;
+use resolve::Resolves;
+use whole::Wholes;
+
+/// How long a peer may be silent before it is asked whether it lives.
+const PATIENCE: Duration = Duration::from_millis(750);
+/// How long a living peer takes to say so, at most.
+const PING: Duration = Duration::from_millis(500);
+/// A peer's answer in all: an origin's slowest head, and as much again.
+const ASK_DEADLINE: Duration = Duration::from_secs(60);
+/// Owners asked for one thing before the origin is.
+const OWNERS_TRIED: usize = 3;
+/// URLs remembered as not cacheable.
+const UNCACHEABLE_MAX: usize = 10_000;
+
+/// A client's request, as far as the cache is concerned.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The object.
+    pub key: ObjectKey,
+    /// Its name.
+    pub url: Url,
+    /// What a fill sends to the origin.
+    pub origin: OriginRequest,
+    /// What the client demands of a cache.
+    pub demands: Demands,
+    /// First byte that is wanted, as far as known.
+    pub first_byte: u64,
+    /// Whether the object is fetched in slices.
+    pub sliced: bool,
+}
+
+/// How a request is to be answered.
+pub enum Resolved {
+    /// From the slices of this manifest.
+    Object(Found),
+    /// By passing it to the origin; why, in a word.
+    Pass(&'static str),
+    /// With the origin's answer, which is for this client alone.
+    Relay(Box<Relay>),
+    /// With an error.
+    Failed {
+        /// 502, 503 or 504.
+        status: u16,
+        /// In a word.
+        reason: &'static str,
+    },
+}
+
+/// A manifest that may be used for this request.
+#[derive(Clone)]
+pub struct Found {
+    /// The manifest.
+    pub object: Arc<Stored>,
+    /// How it was come by.
+    pub resolution: Resolution,
+    /// The request waited on another's fill.
+    pub collapsed: bool,
+    /// Why it went beyond this node, where it did.
+    pub forwarded: Forwarded,
+}
+
+/// Why a request was not answered from what this node holds, as RFC 9211
+/// section 2.2 names it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Forwarded {
+    /// Nothing is stored for the URL.
+    #[default]
+    UriMiss,
+    /// Something is, but no variant for this request.
+    VaryMiss,
+    /// What is stored is stale, or purged.
+    Stale,
+    /// What is stored lacks bytes that are wanted.
+    Partial,
+    /// The request demands it.
+    Request,
+}
+
+impl Forwarded {
+    /// As `Cache-Status` says it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Forwarded::UriMiss => "uri-miss",
+            Forwarded::VaryMiss => "vary-miss",
+            Forwarded::Stale => "stale",
+            Forwarded::Partial => "partial",
+            Forwarded::Request => "request",
+        }
+    }
+}
+
+/// An answer of the origin that is not kept.
+pub struct Relay {
+    /// Status code.
+    pub status: u16,
+    /// End-to-end fields.
+    pub headers: http::HeaderMap,
+    /// Length of the body where known.
+    pub length: Option<u64>,
+    /// Why it went beyond this node.
+    pub forwarded: Forwarded,
+    /// The body.
+    pub body: RelayBody,
+}
+
+/// Where a relayed body comes from.
+pub enum RelayBody {
+    /// Straight from the origin.
+    Origin(Box<OriginBody>),
+    /// Through the manifest's owner.
+    Peer(Body),
+    /// It came in one piece, and was kept besides.
+    Bytes(Bytes),
+}
+
+impl RelayBody {
+    /// The next bytes, or `None` at the end.
+    ///
+    /// # Errors
+    /// Why the body broke off, for the log.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, String> {
+        match self {
+            RelayBody::Origin(body) => body.next().await.map_err(|e| e.to_string()),
+            RelayBody::Bytes(bytes) if bytes.is_empty() => Ok(None),
+            RelayBody::Bytes(bytes) => Ok(Some(std::mem::take(bytes))),
+            RelayBody::Peer(body) => match body.next().await {
+                None => Ok(None),
+                Some(Ok(part)) => Ok(Some(part.bytes)),
+                Some(Err(broken)) => Err(broken.to_string()),
+            },
+        }
+    }
+}
+
+/// See the module's text. Cheap to clone.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: Config,
+    budget: Budget,
+    policy: Policy,
+    cluster: Cluster,
+    origin: Origin,
+    l1: L1,
+    l2: Option<L2>,
+    /// Slices being filled from the origin, and those being fetched from
+    /// peers: apart, so that answering a peer never waits on a peer.
+    fills: Arc<Flights>,
+    fetches: Arc<Flights>,
+    wholes: Wholes,
+    resolves: Resolves,
+    uncacheable: Mutex<HashMap<ObjectKey, std::time::Instant>>,
+    /// Versions whose origin gives entity tags that mean nothing.
+    dated: Mutex<HashSet<Generation>>,
+    /// Versions whose end is being announced.
+    ending: Mutex<HashSet<Generation>>,
+    stitch: StitchLog,
+    metrics: Arc<Metrics>,
+    runtime: Handle,
+}
+
+/// What is held for a request, and what may be done with it.
+struct Held {
+    object: Arc<Stored>,
+    verdict: Verdict,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Answer with it.
+    Use(Use),
+    /// A purge covers it, or it is gone: nothing of it may be served before
+    /// the origin has been asked.
+    Unusable,
+}
+
+impl Engine {
+    /// An engine over opened stores. Fills run on `runtime`.
+    pub fn new(
+        config: Config,
+        cluster: Cluster,
+        origin: Origin,
+        l2: Option<L2>,
+        metrics: Arc<Metrics>,
+        runtime: Handle,
+    ) -> Engine {
+        let inner = Inner {
+            policy: Policy {
+                default_freshness: config.default_freshness,
+                cache_ttl: config.cache_ttl,
+                caching: config.caching.clone(),
+            },
+            budget: Budget::new(config.memory),
+            l1: L1::new(config.l1_bytes_max),
+            stitch: StitchLog::new(config.stitch_log, metrics.clone()),
+            config,
+            cluster,
+            origin,
+            l2,
+            fills: Arc::default(),
+            fetches: Arc::default(),
+            wholes: Wholes::default(),
+            resolves: Resolves::default(),
+            uncacheable: Mutex::default(),
+            dated: Mutex::default(),
+            ending: Mutex::default(),
+            metrics,
+            runtime,
+        };
+        Engine {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// Decides how to answer a GET or HEAD. `gone` names a generation that
+    /// this request has already found to be gone at the origin.
+    pub async fn resolve(&self, request: &Request, gone: Option<Generation>) -> Resolved {
+        let mut forwarded = Forwarded::default();
+        let mut resolved = self.resolve_for(request, gone, &mut forwarded).await;
+        match &mut resolved {
+            Resolved::Object(found) => found.forwarded = forwarded,
+            Resolved::Relay(relay) => relay.forwarded = forwarded,
+            Resolved::Pass(_) | Resolved::Failed { .. } => {}
+        }
+        resolved
+    }
+
+    async fn resolve_for(
+        &self,
+        request: &Request,
+        gone: Option<Generation>,
+        forwarded: &mut Forwarded,
+    ) -> Resolved {
+        let object = self
+            .lookup(request.key, &request.url, &request.origin.headers)
+            .await;
+        // Rules 4 and 5: without a lease nothing is served unasked. It is read
+        // before the floors, for it vouches for what they say after it.
+        let leased = self.inner.cluster.may_serve();
+        let held = object.map(|object| {
+            let verdict = self.judge(&object, request, gone);
+            Held { object, verdict }
+        });
+        *forwarded = self.why_forwarded(request, held.as_ref());
+        if let (Some(held), true) = (&held, leased) {
+            let found = |resolution| {
+                Resolved::Object(Found {
+                    object: held.object.clone(),
+                    resolution,
+                    collapsed: false,
+                    forwarded: Forwarded::default(),
+                })
+            };
+            match held.verdict {
+                Verdict::Use(Use::Fresh) => return found(Resolution::Hit),
+                Verdict::Use(Use::Stale) => return found(Resolution::Stale),
+                Verdict::Use(Use::StaleWhileRevalidating) => {
+                    self.revalidate_in_background(request);
+                    return found(Resolution::Stale);
+                }
+                Verdict::Use(Use::Validate) | Verdict::Unusable => {}
+            }
+        }
+        if request.demands.only_if_cached {
+            let owner = self.owners(request.key, 0).first().copied();
+            if let Some(owner) = owner.filter(|owner| leased && *owner != self.me())
+                && let Some(found @ Resolved::Object(_)) =
+                    self.resolve_at(owner, request, held.as_ref(), gone).await
+            {
+                return found;
+            }
+            return Resolved::Failed {
+                status: 504,
+                reason: "only-if-cached",
+            };
+        }
+        if self.is_uncacheable(request.key) {
+            return Resolved::Pass("predicted-uncacheable");
+        }
+        if leased {
+            for owner in self.owners(request.key, 0) {
+                if owner == self.me() {
+                    break;
+                }
+                match self.resolve_at(owner, request, held.as_ref(), gone).await {
+                    Some(resolved) => return resolved,
+                    None => continue,
+                }
+            }
+        }
+        self.resolve_at_origin(request, held, gone, leased).await
+    }
+
+    fn why_forwarded(&self, request: &Request, held: Option<&Held>) -> Forwarded {
+        let Some(held) = held else {
+            return match self.inner.l1.record(request.key.0) {
+                Some(Kept::Varies(_)) => Forwarded::VaryMiss,
+                _ => Forwarded::UriMiss,
+            };
+        };
+        let manifest = &held.object.manifest;
+        let fresh = manifest.freshness.is_fresh(unix_ms(SystemTime::now()));
+        match held.verdict {
+            Verdict::Unusable if !holds_what_is_wanted(manifest, request) => Forwarded::Partial,
+            Verdict::Use(Use::Validate) if fresh && !manifest.freshness.no_cache => {
+                Forwarded::Request
+            }
+            _ => Forwarded::Stale,
+        }
+    }
+
+    /// Why a response to this request is not kept, in a word.
+    pub fn why_not_stored(
+        &self,
+        request: &Request,
+        status: u16,
+        headers: &HeaderMap,
+    ) -> &'static str {
+        let now_ms = unix_ms(SystemTime::now());
+        let policy = &self.inner.policy;
+        match freshness::store(policy, &request.demands, status, headers, now_ms, now_ms) {
+            Err(why) => why.as_str(),
+            Ok(_) => "too-large",
+        }
+    }
+
+    /// Completes when a hard purge covers what is being answered with (G2).
+    pub async fn hard_purged(&self, object: &Stored) {
+        let cluster = &self.inner.cluster;
+        let manifest = &object.manifest;
+        let mut held = None;
+        loop {
+            let epoch = cluster.answering();
+            if !object.is_checked(cluster.version())
+                && manifest.stamp < cluster.floor(&manifest.subject).hard
+            {
+                return;
+            }
+            // Only now is the epoch before let go.
+            held.insert(epoch).over().await;
+        }
+    }
+
+    /// Reads a slice for a client: what is in memory at once, anything else as
+    /// it lands. With a permit ([`Budget::ahead`]) it is read ahead.
+    pub fn open(
+        &self,
+        key: ObjectKey,
+        object: &Arc<Stored>,
+        request: &OriginRequest,
+        touched: Touched,
+        ahead: Option<Permit>,
+    ) -> SliceReader {
+        let fill = Fill::of(key, &object.manifest, request, touched.index);
+        self.open_fill(fill, touched, ahead)
+    }
+
+    /// The memory budget.
+    pub fn budget(&self) -> &Budget {
+        &self.inner.budget
+    }
+
+    /// Bytes in memory.
+    pub fn l1_bytes(&self) -> u64 {
+        self.inner.l1.bytes()
+    }
+
+    /// The disk store.
+    pub fn l2(&self) -> Option<&L2> {
+        self.inner.l2.as_ref()
+    }
+
+    /// The cluster.
+    pub fn cluster(&self) -> &Cluster {
+        &self.inner.cluster
+    }
+
+    /// The origin.
+    pub fn origin(&self) -> &Origin {
+        &self.inner.origin
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    /// What is stored for a URL, whether usable or not; for `explain`.
+    pub async fn stored(&self, key: ObjectKey, url: &Url) -> Option<Arc<Stored>> {
+        self.lookup(key, url, &Vec::new()).await
+    }
+
+    fn me(&self) -> NodeId {
+        self.inner.cluster.view().me
+    }
+
+    fn hash_key(&self) -> Option<HashKey> {
+        self.inner.cluster.view().hash_key
+    }
+
+    /// Whom to ask for slice `place` of an object, in order; this node alone
+    /// where there is no ring yet.
+    fn owners(&self, key: ObjectKey, place: u32) -> Vec<NodeId> {
+        let view = self.inner.cluster.view();
+        let owners = view.ring.owners(key, place);
+        if owners.is_empty() {
+            vec![view.me]
+        } else {
+            owners.iter().copied().take(OWNERS_TRIED).collect()
+        }
+    }
+
+    /// Who owned slice `place` before the last change of the ring, where this
+    /// node owns it now: asked for the bytes it has stored, which waits for
+    /// nobody. Not for manifests: what it knows may have been overtaken here.
+    fn owner_before(&self, key: ObjectKey, place: u32) -> Option<NodeId> {
+        let view = self.inner.cluster.view();
+        let first =
+            |ring: &pingora_slice_cluster::ring::Ring| ring.owners(key, place).first().copied();
+        let before = first(&view.previous_ring)?;
+        (first(&view.ring) == Some(view.me) && before != view.me).then_some(before)
+    }
+
+    /// Whether this node keeps slice `place` of an object on its disk.
+    fn is_keeper(&self, key: ObjectKey, place: u32) -> bool {
+        let view = self.inner.cluster.view();
+        view.ring
+            .owners(key, place)
+            .first()
+            .is_none_or(|owner| *owner == view.me)
+    }
+
+    /// The manifest held for a request, checked against floors and freshness.
+    async fn held(&self, request: &Request, gone: Option<Generation>) -> Option<Held> {
+        let object = self
+            .lookup(request.key, &request.url, &request.origin.headers)
+            .await?;
+        let verdict = self.judge(&object, request, gone);
+        Some(Held { object, verdict })
+    }
+
+    /// Rule 3, then freshness. A manifest that passed the floors at their
+    /// present version is not checked against them again.
+    fn judge(&self, object: &Arc<Stored>, request: &Request, gone: Option<Generation>) -> Verdict {
+        let manifest = &object.manifest;
+        if gone == Some(manifest.generation)
+            || self.is_ending(manifest.generation)
+            || !holds_what_is_wanted(manifest, request)
+        {
+            return Verdict::Unusable;
+        }
+        let version = self.inner.cluster.version();
+        let now_ms = unix_ms(SystemTime::now());
+        let mut softly_purged = false;
+        if !object.is_checked(version) {
+            let floor = self.inner.cluster.floor(&manifest.subject);
+            if manifest.stamp < floor.plain {
+                return Verdict::Unusable;
+            }
+            softly_purged = manifest.stamp < floor.soft;
+            if !softly_purged {
+                object.checked(version);
+            }
+        }
+        let usable = request.demands.judge(&manifest.freshness, now_ms);
+        match usable {
+            Use::Fresh if softly_purged => {
+                let freshness = &manifest.freshness;
+                let may_wait = freshness.stale_while_revalidate > 0 && !freshness.must_revalidate;
+                Verdict::Use(if may_wait {
+                    Use::StaleWhileRevalidating
+                } else {
+                    Use::Validate
+                })
+            }
+            usable => Verdict::Use(usable),
+        }
+    }
+
+    /// Rule 6 for what another request has brought, its tags known: no purge
+    /// of any mode has come since its origin request left.
+    fn is_joinable(&self, object: &Stored) -> bool {
+        let manifest = &object.manifest;
+        joinable(manifest.stamp, self.floor(&manifest.subject))
+    }
+
+    fn floor(&self, subject: &Subject) -> Floor {
+        self.inner.cluster.floor(subject)
+    }
+
+    /// L1, then L2; through the pointer where the object varies.
+    async fn lookup(
+        &self,
+        key: ObjectKey,
+        url: &Url,
+        headers: &pingora_slice_cluster::wire::Headers,
+    ) -> Option<Arc<Stored>> {
+        match self.record(key.0).await? {
+            Kept::Manifest(object) => (object.manifest.url == *url).then_some(object),
+            Kept::Varies(varies) => {
+                if varies.0 != *url {
+                    return None;
+                }
+                let variant = manifest::variant_of(&varies.1, headers);
+                match self
+                    .record(manifest::variant_key(&self.hash_key()?, key, &variant))
+                    .await?
+                {
+                    Kept::Manifest(object) => {
+                        let matches =
+                            object.manifest.url == *url && object.manifest.variant == variant;
+                        matches.then_some(object)
+                    }
+                    Kept::Varies(_) => None,
+                }
+            }
+        }
+    }
+
+    async fn record(&self, key: u128) -> Option<Kept> {
+        if let Some(kept) = self.inner.l1.record(key) {
+            return Some(kept);
+        }
+        let bytes = self.inner.l2.as_ref()?.manifest(key).await?;
+        let kept = match manifest::decode(&bytes)? {
+            // A body that was under way when the node stopped.
+            Record::Manifest(manifest)
+                if manifest.length().is_none()
+                    && self.inner.wholes.get(manifest.generation).is_none() =>
+            {
+                return None;
+            }
+            Record::Manifest(manifest) => Kept::Manifest(Arc::new(Stored::new(*manifest))),
+            Record::Varies { url, by } => Kept::Varies(Arc::new((url, by))),
+        };
+        self.inner.l1.keep_record(key, kept.clone());
+        Some(kept)
+    }
+
+    /// Keeps a manifest in memory, and on disk where it belongs.
+    fn keep(&self, key: ObjectKey, manifest: Manifest) -> Arc<Stored> {
+        let manifest = self.for_all(&manifest).unwrap_or(manifest);
+        let Some(hash_key) = self.hash_key() else {
+            return Arc::new(Stored::new(manifest));
+        };
+        let at = manifest::variant_key(&hash_key, key, &manifest.variant);
+        if let Some(Kept::Manifest(known)) = self.inner.l1.record(at)
+            && known.manifest.stamp > manifest.stamp
+        {
+            // An answer that was long under way replaces none that is newer.
+            return Arc::new(Stored::new(manifest));
+        }
+        let on_disk = self.inner.l2.as_ref().filter(|_| self.is_keeper(key, 0));
+        if !manifest.variant.is_empty() {
+            let by: Vec<String> = manifest
+                .variant
+                .iter()
+                .map(|(name, _)| name.clone())
+                .collect();
+            if let Some(l2) = on_disk {
+                let record = Record::Varies {
+                    url: manifest.url.clone(),
+                    by: by.clone(),
+                };
+                l2.keep_manifest(key.0, manifest::encode(&record).into());
+            }
+            self.inner
+                .l1
+                .keep_record(key.0, Kept::Varies(Arc::new((manifest.url.clone(), by))));
+        }
+        if let Some(l2) = on_disk {
+            l2.keep_manifest(
+                at,
+                manifest::encode(&Record::Manifest(Box::new(manifest.clone()))).into(),
+            );
+        }
+        let object = Arc::new(Stored::new(manifest));
+        self.inner
+            .l1
+            .keep_record(at, Kept::Manifest(object.clone()));
+        object
+    }
+
+    /// Keeps a manifest, and returns it as who asked for it may have it.
+    fn keep_for_asker(&self, key: ObjectKey, manifest: Manifest) -> Arc<Stored> {
+        match self.for_all(&manifest) {
+            None => self.keep(key, manifest),
+            Some(stored) => {
+                self.keep(key, stored);
+                Arc::new(Stored::new(manifest))
+            }
+        }
+    }
+
+    /// The manifest without what is for its asker alone, where there is any.
+    fn for_all(&self, manifest: &Manifest) -> Option<Manifest> {
+        let is_directive = |(name, value): &(String, Vec<u8>)| {
+            name.ends_with("cache-control") && value.windows(2).any(|pair| pair == b"=\"")
+        };
+        if !manifest.headers.iter().any(is_directive) {
+            return None;
+        }
+        let withheld =
+            freshness::withheld(&self.inner.policy, &manifest::to_map(&manifest.headers));
+        if withheld.is_empty() {
+            return None;
+        }
+        let mut manifest = manifest.clone();
+        manifest
+            .headers
+            .retain(|(name, _)| !withheld.iter().any(|w| w.as_str() == name));
+        Some(manifest)
+    }
+
+    /// The manifest that a fill belongs to, while it is the current one.
+    async fn manifest_of(&self, fill: &Fill) -> Option<Manifest> {
+        let url = fill.url();
+        let object = self.lookup(fill.key, &url, &fill.request.headers).await?;
+        (object.manifest.generation == fill.slice.generation).then(|| object.manifest.clone())
+    }
+
+    /// Whether no other version has come in the place of this one.
+    async fn is_current(&self, fill: &Fill) -> bool {
+        let url = fill.url();
+        let known = self.lookup(fill.key, &url, &fill.request.headers).await;
+        known.is_none_or(|object| object.manifest.generation == fill.slice.generation)
+    }
+
+    /// Forgets a manifest whose bytes cannot be had.
+    fn forget_manifest(&self, key: ObjectKey, manifest: &Manifest) {
+        let Some(hash_key) = self.hash_key() else {
+            return;
+        };
+        let at = manifest::variant_key(&hash_key, key, &manifest.variant);
+        self.inner.l1.drop_record(at);
+        if let Some(l2) = &self.inner.l2 {
+            l2.drop_manifest(at);
+        }
+    }
+
+    /// Asks the manifest's owner. `None`: it is of no use, go on.
+    async fn resolve_at(
+        &self,
+        owner: NodeId,
+        request: &Request,
+        held: Option<&Held>,
+        gone: Option<Generation>,
+    ) -> Option<Resolved> {
+        let hash_key = self.hash_key()?;
+        let subject = Subject::new(
+            &hash_key,
+            &request.url.host,
+            &request.url.target,
+            &[] as &[&str],
+        );
+        let ask = Ask::Resolve(ResolveAsk {
+            key: request.key,
+            request: request.origin.clone(),
+            floor: self.floor(&subject).plain,
+            first_byte: request.first_byte,
+            sliced: request.sliced,
+            revalidate: held.is_some_and(|h| h.verdict == Verdict::Use(Use::Validate))
+                && request.demands.no_cache,
+            gone,
+            stored_only: request.demands.only_if_cached,
+        });
+        let (answer, body) = match self.ask(owner, &ask).await {
+            Ok(answered) => answered,
+            Err(error) => {
+                tracing::debug!(%owner, %error, "manifest owner bypassed");
+                return None;
+            }
+        };
+        match answer {
+            Answer::Manifest {
+                manifest,
+                resolution,
+                collapsed,
+            } => {
+                let Some(Record::Manifest(manifest)) = manifest::decode(&manifest) else {
+                    return None;
+                };
+                if manifest.url != request.url {
+                    return None;
+                }
+                // While its length is unknown it is of use to its owner alone.
+                let object = match manifest.length() {
+                    Some(_) => self.keep_for_asker(request.key, *manifest),
+                    None => Arc::new(Stored::new(*manifest)),
+                };
+                // Rules 3 and 4, after the wait: what just came from the
+                // origin is this request's own answer; anything else is judged.
+                let asked_origin = matches!(resolution, Resolution::Miss | Resolution::Revalidated);
+                let usable = self.inner.cluster.may_serve()
+                    && self.judge(&object, request, gone) != Verdict::Unusable
+                    // An owner that is behind takes for fresh what a soft purge has made stale.
+                    && (resolution == Resolution::Stale || self.is_joinable(&object));
+                if !usable && (!asked_origin || collapsed) {
+                    return None;
+                }
+                Some(Resolved::Object(Found {
+                    object,
+                    resolution,
+                    collapsed,
+                    forwarded: Forwarded::default(),
+                }))
+            }
+            Answer::Relay { status, headers } => {
+                let headers = manifest::to_map(&headers);
+                let length = headers
+                    .get(http::header::CONTENT_LENGTH)
+                    .and_then(|v| v.to_str().ok()?.parse().ok());
+                Some(Resolved::Relay(Box::new(Relay {
+                    status,
+                    headers,
+                    length,
+                    forwarded: Forwarded::default(),
+                    body: RelayBody::Peer(body?),
+                })))
+            }
+            Answer::Uncacheable => Some(Resolved::Pass("uncacheable")),
+            // Its way to the origin may be cut; ours need not be.
+            Answer::Failed { status: 504 } => Some(Resolved::Failed {
+                status: 504,
+                reason: "origin-silent",
+            }),
+            Answer::Failed { .. } | Answer::Behind | Answer::Busy | Answer::Missing => None,
+            Answer::Slice { .. } | Answer::PastEnd | Answer::Changed => None,
+        }
+    }
+
+    /// Asks a peer and waits while it lives: an owner that waits for a slow
+    /// origin is not a dead one.
+    async fn ask(&self, peer: NodeId, ask: &Ask) -> Result<(Answer, Option<Body>), PeerError> {
+        let label = peer.to_string();
+        let mut asking = std::pin::pin!(self.inner.cluster.ask(peer, ask, ASK_DEADLINE));
+        let result = loop {
+            match tokio::time::timeout(PATIENCE, &mut asking).await {
+                Ok(result) => break result,
+                Err(_) if self.is_alive(peer).await => {}
+                Err(_) => break Err(PeerError::TimedOut { peer }),
+            }
+        };
+        let outcome = match &result {
+            Ok(_) => "ok",
+            Err(PeerError::Unreachable { .. }) => "unreachable",
+            Err(PeerError::TimedOut { .. }) => "timeout",
+            Err(PeerError::Refused { .. }) => "refused",
+        };
+        self.inner
+            .metrics
+            .peer_requests_total
+            .with_label_values(&[label.as_str(), outcome])
+            .inc();
+        result
+    }
+
+    /// Whether a peer answers the cheapest of questions in time.
+    async fn is_alive(&self, peer: NodeId) -> bool {
+        let ask = Ask::Resolve(ResolveAsk {
+            key: ObjectKey(0),
+            request: OriginRequest {
+                host: String::new(),
+                target: String::new(),
+                headers: Vec::new(),
+            },
+            floor: Default::default(),
+            first_byte: 0,
+            sliced: true,
+            revalidate: false,
+            gone: None,
+            stored_only: true,
+        });
+        tokio::time::timeout(PING, self.inner.cluster.ask(peer, &ask, PING))
+            .await
+            .is_ok_and(|r| r.is_ok())
+    }
+
+    fn revalidate_in_background(&self, request: &Request) {
+        let engine = self.clone();
+        let mut request = request.clone();
+        request.demands = Demands {
+            no_cache: true,
+            ..Demands::default()
+        };
+        self.inner.runtime.spawn(async move {
+            // One conditional request for the cluster: the owner's flight collects the rest.
+            let held = engine.held(&request, None).await;
+            for owner in engine.owners(request.key, 0) {
+                if owner == engine.me() {
+                    break;
+                }
+                if engine
+                    .resolve_at(owner, &request, held.as_ref(), None)
+                    .await
+                    .is_some()
+                {
+                    return;
+                }
+            }
+            let _ = engine.resolve_at_origin(&request, held, None, true).await;
+        });
+    }
+
+    fn mark_uncacheable(&self, key: ObjectKey) {
+        let mut list = self.inner.uncacheable.lock().expect("no panic while held");
+        if list.len() >= UNCACHEABLE_MAX {
+            list.clear();
+        }
+        list.insert(key, std::time::Instant::now());
+    }
+
+    fn is_uncacheable(&self, key: ObjectKey) -> bool {
+        /// How long a URL is passed after an answer that may not be shared.
+        const PASSED_FOR: Duration = Duration::from_secs(5);
+        let mut list = self.inner.uncacheable.lock().expect("no panic while held");
+        match list.get(&key) {
+            Some(since) if since.elapsed() < PASSED_FOR => true,
+            Some(_) => {
+                list.remove(&key);
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// Forgets a version everywhere: the origin has another, and answers from
+    /// the old one would end short. Once, however many slices found it out.
+    fn announce_change(&self, fill: &Fill) {
+        let Some(hash_key) = self.hash_key() else {
+            return;
+        };
+        let url = fill.url();
+        let subject = Subject::new(&hash_key, &url.host, &url.target, &[] as &[&str]);
+        let generation = fill.slice.generation;
+        let ending = || self.inner.ending.lock().expect("no panic while held");
+        if self.floor(&subject).plain > fill.stamp || !ending().insert(generation) {
+            return;
+        }
+        let items = vec![PurgeItem {
+            scope: Scope::url(&hash_key, &url.host, &url.target),
+            mode: PurgeMode::Plain,
+        }];
+        let engine = self.clone();
+        self.inner.runtime.spawn(async move {
+            engine.commit(items).await;
+            let mut ending = engine.inner.ending.lock().expect("no panic while held");
+            ending.remove(&generation);
+        });
+    }
+
+    /// Whether a version's end is being announced: it is of no use already.
+    fn is_ending(&self, generation: Generation) -> bool {
+        let ending = self.inner.ending.lock().expect("no panic while held");
+        ending.contains(&generation)
+    }
+
+    /// After an unsafe method succeeded (RFC 9111 section 4.4): its URL, and
+    /// those of the same host that the answer names, have changed. Returns
+    /// when no node answers from before any more, or none can promise it.
+    pub async fn invalidate(&self, url: &Url, response: &HeaderMap) {
+        let mut urls = vec![url.clone()];
+        for name in [LOCATION, CONTENT_LOCATION] {
+            let Some(value) = response.get(name).and_then(|v| v.to_str().ok()) else {
+                continue;
+            };
+            let target = reference(url, value).map(|t| self.inner.config.caching.query.apply(t));
+            urls.extend(target.map(|target| Url {
+                host: url.host.clone(),
+                target,
+            }));
+        }
+        let mut known = Vec::new();
+        for url in urls {
+            if let Some(key) = self.hash_key()
+                && self
+                    .is_stored_anywhere(key.object(&url.host, &url.target), &url)
+                    .await
+            {
+                known.push(url);
+            }
+        }
+        self.purge_all_of(&known).await;
+    }
+
+    /// Whether this node or the manifest's owner holds something under a URL.
+    async fn is_stored_anywhere(&self, key: ObjectKey, url: &Url) -> bool {
+        if self.record(key.0).await.is_some() {
+            return true;
+        }
+        let ask = Ask::Resolve(ResolveAsk {
+            key,
+            request: OriginRequest {
+                host: url.host.clone(),
+                target: url.target.clone(),
+                headers: Vec::new(),
+            },
+            floor: Default::default(),
+            first_byte: 0,
+            sliced: true,
+            revalidate: false,
+            gone: None,
+            stored_only: true,
+        });
+        match self.owners(key, 0).first() {
+            Some(owner) if *owner != self.me() => {
+                !matches!(self.ask(*owner, &ask).await, Ok((Answer::Missing, _)))
+            }
+            _ => false,
+        }
+    }
+
+    async fn purge_all_of(&self, urls: &[Url]) {
+        let Some(key) = self.hash_key() else { return };
+        let items: Vec<PurgeItem> = urls
+            .iter()
+            .map(|url| PurgeItem {
+                scope: Scope::url(&key, &url.host, &url.target),
+                mode: PurgeMode::Plain,
+            })
+            .collect();
+        if !items.is_empty() {
+            self.commit(items).await;
+        }
+    }
+
+    async fn commit(&self, items: Vec<PurgeItem>) {
+        if let Err(error) = self.inner.cluster.purge(items, rand::random()).await {
+            tracing::debug!(%error, "a changed version was not announced");
+        }
+    }
+}
+
+/// Whether a manifest of which only a part is held can answer a request.
+fn holds_what_is_wanted(manifest: &Manifest, request: &Request) -> bool {
+    let (Some((start, end)), Some(length)) = (manifest.part, manifest.length()) else {
+        return true;
+    };
+    let headers = manifest::to_map(&request.origin.headers);
+    plan::is_within(&headers, length, &(start..end))
+}
+
+/// The path and query that a reference in an answer about `url` names, where it
+/// is on the same host (RFC 3986 section 5.2).
+fn reference(url: &Url, value: &str) -> Option<String> {
+    let value = value.split('#').next().unwrap_or_default();
+    let authority = match value.split_once("://") {
+        Some((scheme, rest)) if scheme.bytes().all(|b| b.is_ascii_alphanumeric()) => Some(rest),
+        _ => value.strip_prefix("//"),
+    };
+    if let Some(rest) = authority {
+        let (host, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+        let slash = if path.starts_with('/') { "" } else { "/" };
+        return (normalise_host(host) == url.host).then(|| format!("{slash}{path}"));
+    }
+    let base = url.target.split('?').next().unwrap_or_default();
+    Some(match value.chars().next() {
+        None => url.target.clone(),
+        Some('/') => value.to_owned(),
+        Some('?') => format!("{base}{value}"),
+        Some(_) => {
+            let (path, query) = value.split_at(value.find('?').unwrap_or(value.len()));
+            let folder = base.rsplit_once('/').map_or("", |(folder, _)| folder);
+            let mut segments: Vec<&str> = folder.split('/').skip(1).collect();
+            for segment in path.split('/') {
+                match segment {
+                    "." => {}
+                    ".." => drop(segments.pop()),
+                    segment => segments.push(segment),
+                }
+            }
+            if path.ends_with("/.") || path.ends_with("..") || path == "." {
+                segments.push("");
+            }
+            format!("/{}{query}", segments.join("/"))
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_are_resolved_against_the_url() {
+        let url = Url {
+            host: "films.test".into(),
+            target: "/a/b/form?x=1".into(),
+        };
+        for (value, target) in [
+            ("", Some("/a/b/form?x=1")),
+            ("/c", Some("/c")),
+            ("?y", Some("/a/b/form?y")),
+            ("c?y", Some("/a/b/c?y")),
+            ("./c", Some("/a/b/c")),
+            ("../c", Some("/a/c")),
+            ("../../../c", Some("/c")),
+            ("..", Some("/a/")),
+            ("c/d#part", Some("/a/b/c/d")),
+            ("http://Films.test/c", Some("/c")),
+            ("HTTPS://films.test:443", Some("/")),
+            ("//films.test/c", Some("/c")),
+            ("http://elsewhere.test/c", None),
+            ("//elsewhere.test/c", None),
+        ] {
+            assert_eq!(reference(&url, value).as_deref(), target, "{value:?}");
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! Answering peers: from what is stored or from the origin, never from a third
+//! node, never by waiting on a flight that asks one (invariant 3).
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{StreamExt, stream};
+use pingora_slice_cluster::NodeId;
+use pingora_slice_cluster::peer::{Body, BodyBroken, SliceSource};
+use pingora_slice_cluster::wire::{
+    Answer, Ask, Part, Resolution, ResolveAsk, SliceAsk, SliceOrigin,
+};
+
+use super::resolve::UNREACHABLE;
+use super::{Engine, Fill, Forwarded, Found, Held, RelayBody, Request, Resolved, Verdict};
+use crate::admin::Inspect;
+use crate::budget::Permit;
+use crate::flight::{FillError, FlightReader};
+use crate::freshness::{Demands, Use};
+use crate::l1::PAGE_BYTES;
+use crate::manifest::{self, Record, Url};
+
+/// How long an owner may take to catch up with an asker's floor (rule 7).
+const CATCH_UP: Duration = Duration::from_millis(50);
+
+/// How long a peer waits for the memory that its answer takes.
+const PEER_WAIT_MAX: Duration = Duration::from_secs(1);
+
+#[async_trait::async_trait]
+impl SliceSource for Engine {
+    async fn answer(&self, _from: NodeId, ask: Ask) -> (Answer, Option<Body>) {
+        match ask {
+            Ask::Resolve(ask) => self.answer_resolve(ask).await,
+            Ask::Slice(ask) => self.answer_slice(ask).await,
+        }
+    }
+
+    fn metrics_text(&self) -> Bytes {
+        self.inner.metrics.render(&self.gauges()).into()
+    }
+}
+
+impl Engine {
+    async fn answer_resolve(&self, ask: ResolveAsk) -> (Answer, Option<Body>) {
+        let Some(hash_key) = self.hash_key() else {
+            return (Answer::Busy, None);
+        };
+        if hash_key.object(&ask.request.host, &ask.request.target) != ask.key {
+            return (Answer::Missing, None);
+        }
+        if !self.inner.cluster.reached(ask.floor, CATCH_UP).await {
+            return (Answer::Behind, None);
+        }
+        let mut demands = Demands::of(
+            &manifest::to_map(&ask.request.headers),
+            &self.inner.config.caching.request_directives,
+        );
+        demands.no_cache |= ask.revalidate;
+        let request = Request {
+            key: ask.key,
+            url: Url {
+                host: ask.request.host.clone(),
+                target: ask.request.target.clone(),
+            },
+            origin: ask.request,
+            demands,
+            first_byte: ask.first_byte,
+            sliced: ask.sliced,
+        };
+        if let (true, Some(gone)) = (ask.stored_only, ask.gone) {
+            // Another node knows that this version was replaced.
+            let headers = &request.origin.headers;
+            if let Some(object) = self.lookup(request.key, &request.url, headers).await
+                && object.manifest.generation == gone
+            {
+                self.forget_manifest(request.key, &object.manifest);
+            }
+        }
+        let held = self.held(&request, ask.gone).await;
+        if let Some(Held {
+            object,
+            verdict: Verdict::Use(usable),
+        }) = &held
+            && object.manifest.stamp >= ask.floor
+            && *usable != Use::Validate
+        {
+            if *usable == Use::StaleWhileRevalidating {
+                self.revalidate_in_background(&request);
+            }
+            let resolution = if *usable == Use::Fresh {
+                Resolution::Hit
+            } else {
+                Resolution::Stale
+            };
+            let found = Found {
+                object: object.clone(),
+                resolution,
+                collapsed: false,
+                forwarded: Forwarded::default(),
+            };
+            return (answer_with(&found), None);
+        }
+        if ask.stored_only {
+            // Something may be here all the same: a variant, or a stale one.
+            let nothing = self.record(request.key.0).await.is_none();
+            let answer = if nothing {
+                Answer::Missing
+            } else {
+                Answer::Uncacheable
+            };
+            return (answer, None);
+        }
+        if self.is_uncacheable(request.key) {
+            return (Answer::Uncacheable, None);
+        }
+        match self.resolve_at_origin(&request, held, ask.gone, true).await {
+            Resolved::Object(found) => (answer_with(&found), None),
+            Resolved::Pass(_) => (Answer::Uncacheable, None),
+            // Its asker may reach what we cannot (502); what we did reach and
+            // got no answer from will not answer the asker either (504).
+            Resolved::Failed { reason, .. } if reason == UNREACHABLE => {
+                (Answer::Failed { status: 502 }, None)
+            }
+            Resolved::Failed { status, .. } => (Answer::Failed { status }, None),
+            Resolved::Relay(relay) => {
+                let mut headers = relay.headers;
+                if let Some(length) = relay.length {
+                    headers.insert(http::header::CONTENT_LENGTH, length.into());
+                }
+                let body = match relay.body {
+                    RelayBody::Peer(body) => body,
+                    RelayBody::Bytes(mut rest) => {
+                        let mut parts = Vec::new();
+                        while !rest.is_empty() {
+                            let part = rest.split_to(rest.len().min(PAGE_BYTES));
+                            parts.push(Ok(Part::new(part)));
+                        }
+                        stream::iter(parts).boxed()
+                    }
+                    RelayBody::Origin(body) => {
+                        // For its connection's buffers.
+                        let Some(permit) = self.inner.budget.transfer(0).await else {
+                            return (Answer::Busy, None);
+                        };
+                        stream::unfold(Some((body, permit)), |state| async {
+                            let (mut body, permit) = state?;
+                            match body.next().await {
+                                Ok(Some(bytes)) => {
+                                    Some((Ok(Part::new(bytes)), Some((body, permit))))
+                                }
+                                Ok(None) => None,
+                                Err(error) => Some((Err(BodyBroken(error.to_string())), None)),
+                            }
+                        })
+                        .boxed()
+                    }
+                };
+                (
+                    Answer::Relay {
+                        status: relay.status,
+                        headers: manifest::to_headers(&headers),
+                    },
+                    Some(body),
+                )
+            }
+        }
+    }
+
+    async fn answer_slice(&self, ask: SliceAsk) -> (Answer, Option<Body>) {
+        if !self.inner.cluster.reached(ask.stamp, CATCH_UP).await {
+            return (Answer::Behind, None);
+        }
+        self.inner.wholes.note(&ask.slice);
+        // Before anything is read: what waits here holds nothing.
+        let waiting = self.inner.budget.transfer(ask.version.slice_bytes.into());
+        let Ok(Some(permit)) = tokio::time::timeout(PEER_WAIT_MAX, waiting).await else {
+            // The asker has other sources.
+            self.inner.metrics.memory_refusals_total.inc();
+            return (Answer::Busy, None);
+        };
+        if let Some(slice) = self.inner.l1.slice(&ask.slice) {
+            let end = (ask.end as usize).min(slice.len());
+            match slice.parts((ask.start as usize).min(end)..end) {
+                Some(parts) => return stored(slice.len(), parts, permit),
+                None => self.drop_damaged(ask.slice),
+            }
+        }
+        let under_way = self.inner.fills.get(&ask.slice);
+        if under_way.is_none()
+            && let Some(l2) = &self.inner.l2
+        {
+            if ask.start == 0
+                && let Some(slice) = l2.slice(ask.slice).await
+                && let Some(parts) = slice.parts(0..(ask.end as usize).min(slice.len()))
+            {
+                self.inner.l1.keep_slice(ask.slice, slice.clone());
+                return stored(slice.len(), parts, permit);
+            }
+            if let Some(read) = l2.slice_range(ask.slice, ask.start, ask.end).await {
+                let mut rest = read.bytes;
+                let mut parts = Vec::new();
+                while !rest.is_empty() {
+                    parts.push(Part::new(rest.split_to(rest.len().min(PAGE_BYTES))));
+                }
+                return stored(read.slice_bytes as usize, parts, permit);
+            }
+        }
+        if under_way.is_none() && ask.stored_only {
+            return (Answer::Missing, None);
+        }
+        let source = if under_way.is_some() {
+            SliceOrigin::Flight
+        } else {
+            SliceOrigin::Origin
+        };
+        let fill = Fill {
+            key: ask.key,
+            slice: ask.slice,
+            place: ask.place,
+            request: ask.request,
+            version: ask.version,
+            stamp: ask.stamp,
+        };
+        let flight = self.origin_fill(&fill, Some(permit));
+        let mut reader = flight.read(ask.start..ask.end);
+        match reader.next().await {
+            None => (Answer::PastEnd, None),
+            Some(Err(FillError::Changed)) => (Answer::Changed, None),
+            Some(Err(FillError::Failed { status: 503, .. } | FillError::Damaged)) => {
+                (Answer::Busy, None)
+            }
+            Some(Err(FillError::Failed { status, .. })) => (Answer::Failed { status }, None),
+            Some(Ok(first)) => {
+                let slice_bytes = fill.slice_bytes();
+                (
+                    Answer::Slice {
+                        slice_bytes,
+                        source,
+                    },
+                    Some(landing(first, reader)),
+                )
+            }
+        }
+    }
+}
+
+/// What is stored, in parts, which the permit lets stay in memory for as long
+/// as the peer takes.
+fn stored(slice_bytes: usize, parts: Vec<Part>, permit: Permit) -> (Answer, Option<Body>) {
+    if parts.is_empty() {
+        return (Answer::PastEnd, None);
+    }
+    let answer = Answer::Slice {
+        slice_bytes: Some(slice_bytes as u32),
+        source: SliceOrigin::Stored,
+    };
+    let parts = stream::iter(parts).map(move |part| {
+        let _held = &permit;
+        Ok(part)
+    });
+    (answer, Some(parts.boxed()))
+}
+
+fn answer_with(found: &Found) -> Answer {
+    Answer::Manifest {
+        manifest: manifest::encode(&Record::Manifest(Box::new(found.object.manifest.clone()))),
+        resolution: found.resolution,
+        collapsed: found.collapsed,
+    }
+}
+
+/// A flight's parts as they land.
+fn landing(first: Part, reader: FlightReader) -> Body {
+    let rest = stream::unfold(Some(reader), |reader| async {
+        let mut reader = reader?;
+        match reader.next().await? {
+            Ok(part) => Some((Ok(part), Some(reader))),
+            Err(error) => Some((Err(BodyBroken(error.to_string())), None)),
+        }
+    });
+    stream::iter([Ok(first)]).chain(rest).boxed()
+}

@@ -1,0 +1,923 @@
+//! Where the bytes of a slice come from, told once: see [`Engine::fill`].
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use http::header::{DATE, ETAG, HeaderMap, HeaderName, IF_RANGE, LAST_MODIFIED};
+use pingora_slice_cluster::slice::{Touched, slice_range};
+use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Part, SliceAsk, Version};
+use pingora_slice_cluster::{NodeId, ObjectKey, PurgeIndex, SliceId};
+
+use super::resolve::{back_off, write_date};
+use super::{Engine, PATIENCE};
+use crate::budget::Permit;
+use crate::flight::{FillError, Flight, SliceReader, Source};
+use crate::freshness;
+use crate::l1::{PAGE_BYTES, Slice};
+use crate::manifest::{Manifest, Url};
+use crate::origin::{self, OriginAnswer, OriginBody, OriginError, Wanted};
+use crate::stitch::Fault;
+
+/// All that is needed to fill one slice.
+#[derive(Clone, Debug)]
+pub struct Fill {
+    /// The object.
+    pub key: ObjectKey,
+    /// The slice.
+    pub slice: SliceId,
+    /// Its place on the ring (`Manifest::place`).
+    pub place: u32,
+    /// What a fill sends to the origin.
+    pub request: OriginRequest,
+    /// The version that the origin must confirm.
+    pub version: Version,
+    /// The manifest's stamp.
+    pub stamp: PurgeIndex,
+}
+
+impl Fill {
+    /// The fill of slice `index` of a manifest's object.
+    pub fn of(key: ObjectKey, manifest: &Manifest, request: &OriginRequest, index: u32) -> Fill {
+        Fill {
+            key,
+            slice: SliceId {
+                generation: manifest.generation,
+                index,
+            },
+            place: manifest.place(index),
+            request: request.clone(),
+            version: manifest.version.clone(),
+            stamp: manifest.stamp,
+        }
+    }
+
+    /// The fill of slice `index` of the same version.
+    pub(super) fn at(&self, index: u32) -> Fill {
+        let mut fill = self.clone();
+        fill.slice.index = index;
+        fill.place = if self.version.whole { 0 } else { index };
+        fill
+    }
+
+    /// The slice's bytes in the object, as far as the length is known.
+    pub(super) fn bytes(&self) -> Range<u64> {
+        slice_range(
+            self.slice.index,
+            self.version.length.unwrap_or(u64::MAX),
+            self.version.slice_bytes,
+        )
+    }
+
+    /// The slice's length, where known.
+    pub(super) fn slice_bytes(&self) -> Option<u32> {
+        let range = slice_range(
+            self.slice.index,
+            self.version.length?,
+            self.version.slice_bytes,
+        );
+        Some((range.end - range.start) as u32)
+    }
+
+    /// One past the slice's last byte, as far as it is known.
+    pub(super) fn end(&self) -> u32 {
+        self.slice_bytes().unwrap_or(self.version.slice_bytes)
+    }
+
+    pub(super) fn url(&self) -> Url {
+        Url {
+            host: self.request.host.clone(),
+            target: self.request.target.clone(),
+        }
+    }
+}
+
+/// No deadline: a year.
+const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// The memory budget is spent, and stayed so.
+fn no_memory() -> FillError {
+    FillError::Failed {
+        status: 503,
+        reason: "no memory for it came free in time".into(),
+    }
+}
+
+/// Why one source gave no (more) bytes: try the next.
+struct NextSource(String);
+
+impl Engine {
+    /// Opens a slice for reading: from memory, from a flight, or by a new one.
+    /// `ahead` is for bytes that are not wanted yet; what is wanted now waits
+    /// for its permit in the flight, or is read from memory in copies.
+    pub(super) fn open_fill(
+        &self,
+        fill: Fill,
+        touched: Touched,
+        ahead: Option<Permit>,
+    ) -> SliceReader {
+        self.inner.wholes.note(&fill.slice);
+        let wanted = touched.start..touched.end;
+        if let Some(slice) = self.inner.l1.slice(&fill.slice) {
+            if let Some(reader) = self.read_stored(&slice, wanted.clone(), ahead.clone()) {
+                return reader;
+            }
+            self.drop_damaged(fill.slice);
+        }
+        let budget = self.inner.budget.clone();
+        if let Some(flight) = self.inner.fills.get(&fill.slice) {
+            return SliceReader::Flight {
+                reader: flight.read(wanted),
+                joined: true,
+                budget,
+                pin: None,
+            };
+        }
+        let (flight, started) = self.inner.fetches.join(fill.slice, 0..fill.end());
+        let reader = flight.read(wanted);
+        if started {
+            let (engine, guard) = (self.clone(), self.inner.fetches.guard(&flight));
+            self.inner.runtime.spawn(async move {
+                let _guard = guard;
+                engine.fill(fill, flight, ahead).await;
+            });
+        }
+        SliceReader::Flight {
+            reader,
+            joined: !started,
+            budget,
+            pin: None,
+        }
+    }
+
+    /// The wanted bytes of a slice in memory: shared with the store if there is
+    /// a permit for them, should the slice leave it while they are being sent;
+    /// else a copy of the first of them. `None` where they are damaged.
+    fn read_stored(
+        &self,
+        slice: &Slice,
+        wanted: Range<u32>,
+        ahead: Option<Permit>,
+    ) -> Option<SliceReader> {
+        let end = (wanted.end as usize).min(slice.len());
+        let wanted = (wanted.start as usize).min(end)..end;
+        let pin = match slice.len() > PAGE_BYTES {
+            true => ahead.or_else(|| self.inner.budget.ahead(slice.len() as u64)),
+            // Covered by the connection's own share.
+            false => None,
+        };
+        if pin.is_some() || slice.len() <= PAGE_BYTES {
+            let bytes = slice.bytes().slice(wanted.clone());
+            return (wanted.is_empty() || slice.is_intact_in(wanted)).then_some(
+                SliceReader::Stored {
+                    bytes,
+                    pin,
+                    more: false,
+                },
+            );
+        }
+        let page_end = (wanted.start / PAGE_BYTES + 1) * PAGE_BYTES;
+        let now = wanted.start..wanted.end.min(page_end);
+        let bytes = Bytes::copy_from_slice(&slice.bytes()[now.clone()]);
+        slice
+            .is_intact_in(now.clone())
+            .then_some(SliceReader::Stored {
+                bytes,
+                pin: None,
+                more: now.end < wanted.end,
+            })
+    }
+
+    /// A damaged slice is dropped, never served.
+    pub(super) fn drop_damaged(&self, id: SliceId) {
+        self.inner.metrics.l1_damaged_total.inc();
+        tracing::warn!(?id, "a slice in memory was damaged and is dropped");
+        self.inner.l1.drop_slice(&id);
+    }
+
+    /// Waits until a flight may hold its bytes: by the permit that came with
+    /// it, by one of its own, or by that of somebody who joins it.
+    pub(super) async fn admit(
+        &self,
+        flight: &Arc<Flight>,
+        permit: Option<Permit>,
+    ) -> Result<(), FillError> {
+        if let Some(permit) = permit {
+            flight.admit(permit);
+        }
+        if flight.is_admitted() {
+            return Ok(());
+        }
+        let bytes = u64::from(flight.range.end - flight.range.start);
+        tokio::select! {
+            permit = self.inner.budget.transfer(bytes) => match permit {
+                Some(permit) => flight.admit(permit),
+                None => {
+                    self.inner.metrics.memory_refusals_total.inc();
+                    return Err(no_memory());
+                }
+            },
+            () = flight.until_admitted() => {}
+        }
+        Ok(())
+    }
+
+    /// Fills a slice that this node's client wants: the whole algorithm.
+    async fn fill(&self, fill: Fill, flight: Arc<Flight>, permit: Option<Permit>) {
+        let result = match self.admit(&flight, permit).await {
+            Ok(()) => self.fill_from_somewhere(&fill, &flight).await,
+            Err(error) => Err(error),
+        };
+        flight.finish(result);
+        // The slice is kept before the flight is forgotten: nobody falls in
+        // between. What came from the origin was kept by the fill below ours.
+        if flight.source() == Some(Source::Peer) {
+            self.land(&fill, &flight);
+        }
+        self.inner.fetches.remove(&flight);
+    }
+
+    async fn fill_from_somewhere(
+        &self,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+    ) -> Result<(), FillError> {
+        // The flight before ours may have landed after we missed.
+        if self.from_memory(fill, flight) || self.from_disk(fill, flight).await {
+            return Ok(());
+        }
+        for owner in self.owners(fill.key, fill.place) {
+            if owner == self.me() {
+                break;
+            }
+            match self.from_peer(owner, fill, flight, false).await {
+                Ok(result) => return result,
+                Err(NextSource(why)) => {
+                    tracing::debug!(%owner, slice = ?fill.slice, %why, "owner bypassed")
+                }
+            }
+        }
+        self.from_own_fill(fill, flight).await
+    }
+
+    /// What lies in this node's memory.
+    fn from_memory(&self, fill: &Fill, flight: &Arc<Flight>) -> bool {
+        let Some(slice) = self.inner.l1.slice(&fill.slice) else {
+            return false;
+        };
+        let Some(parts) = slice.parts(0..slice.len()) else {
+            return false;
+        };
+        flight.note_source(Source::L1);
+        flight.land_views(parts, slice.len());
+        true
+    }
+
+    /// What lies on this node's disk.
+    pub(super) async fn from_disk(&self, fill: &Fill, flight: &Arc<Flight>) -> bool {
+        let Some(l2) = &self.inner.l2 else {
+            return false;
+        };
+        let Some(slice) = l2.slice(fill.slice).await else {
+            return false;
+        };
+        if fill
+            .slice_bytes()
+            .is_some_and(|expected| expected as usize != slice.len())
+        {
+            return false;
+        }
+        flight.note_source(Source::L2);
+        let Some(parts) = slice.parts(0..slice.len()) else {
+            return false;
+        };
+        flight.land_views(parts, slice.len());
+        self.inner.l1.keep_slice(fill.slice, slice);
+        true
+    }
+
+    /// The owner's bytes, from where earlier sources broke off. An error means
+    /// the next source; a result is final.
+    async fn from_peer(
+        &self,
+        owner: NodeId,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+        stored_only: bool,
+    ) -> Result<Result<(), FillError>, NextSource> {
+        let ask = Ask::Slice(SliceAsk {
+            key: fill.key,
+            slice: fill.slice,
+            start: flight.bytes(),
+            end: flight.range.end,
+            request: fill.request.clone(),
+            version: fill.version.clone(),
+            place: fill.place,
+            stamp: fill.stamp,
+            stored_only,
+        });
+        let (answer, body) = self
+            .ask(owner, &ask)
+            .await
+            .map_err(|e| NextSource(e.to_string()))?;
+        let mut body = match answer {
+            Answer::Slice { .. } => body.ok_or_else(|| NextSource("no body".into()))?,
+            Answer::PastEnd if fill.version.length.is_none() => return Ok(Ok(())),
+            Answer::Changed => return Ok(Err(FillError::Changed)),
+            other => return Err(NextSource(format!("{other:?}"))),
+        };
+        flight.note_source(Source::Peer);
+        loop {
+            match tokio::time::timeout(PATIENCE, body.next()).await {
+                Ok(Some(Ok(part))) => {
+                    if flight.bytes() as u64 + part.bytes.len() as u64 > u64::from(flight.range.end)
+                    {
+                        return Err(NextSource("more bytes than the slice has".into()));
+                    }
+                    self.inner
+                        .metrics
+                        .bytes_from_peers_total
+                        .inc_by(part.bytes.len() as u64);
+                    flight.land(part);
+                }
+                Ok(Some(Err(broken))) => return Err(NextSource(broken.to_string())),
+                Ok(None)
+                    if fill
+                        .slice_bytes()
+                        .is_none_or(|expected| flight.bytes() == expected) =>
+                {
+                    return Ok(Ok(()));
+                }
+                Ok(None) => return Err(NextSource("fewer bytes than the slice has".into())),
+                Err(_) if self.is_alive(owner).await => {}
+                Err(_) => return Err(NextSource("silent".into())),
+            }
+        }
+    }
+
+    /// The origin's bytes, through this node's own fill: shared with peers
+    /// that ask this node for the same slice.
+    async fn from_own_fill(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
+        let own = self.origin_fill(fill, flight.permit());
+        let mut reader = own.read(flight.bytes()..flight.range.end);
+        flight.note_source(Source::Origin);
+        while let Some(part) = reader.next().await {
+            flight.land(part?);
+        }
+        Ok(())
+    }
+
+    /// The flight that fills a slice from the origin, started if need be. Its
+    /// parts are the asker's too, so the asker's permit is enough for both.
+    pub(super) fn origin_fill(&self, fill: &Fill, permit: Option<Permit>) -> Arc<Flight> {
+        let (flight, started) = self.inner.fills.join(fill.slice, 0..fill.end());
+        if let Some(permit) = permit {
+            flight.admit(permit);
+        }
+        if started {
+            let (engine, fill, begun) = (self.clone(), fill.clone(), flight.clone());
+            let guard = self.inner.fills.guard(&flight);
+            self.inner.runtime.spawn(async move {
+                let _guard = guard;
+                engine.fill_here(fill, begun).await;
+            });
+        }
+        flight
+    }
+
+    /// Fills a slice without asking a peer to fill it: from what is stored,
+    /// here or with the owner before this node, else from the origin.
+    async fn fill_here(&self, mut fill: Fill, flight: Arc<Flight>) {
+        flight.note_source(Source::Origin);
+        if let Err(error) = self.admit(&flight, None).await {
+            if flight.claim() {
+                self.end_origin_fill(&fill, &flight, Err(error));
+            }
+            return;
+        }
+        let under_way = self.inner.wholes.get(fill.slice.generation);
+        if under_way.as_ref().is_some_and(|whole| whole.want(&flight)) || !flight.claim() {
+            return;
+        }
+        // The flight before ours may have landed after we missed.
+        let is_here = self.from_memory(&fill, &flight)
+            || (under_way.is_some() && self.from_disk(&fill, &flight).await);
+        if is_here {
+            self.end_origin_fill(&fill, &flight, Ok(()));
+            return;
+        }
+        if (fill.version.whole || fill.version.length.is_none())
+            && let Some(manifest) = self.manifest_of(&fill).await
+        {
+            if manifest.part.is_some() {
+                // The origin chose what to give: it is not asked for the rest.
+                self.end_origin_fill(&fill, &flight, Err(FillError::Changed));
+                return;
+            }
+            // The body has ended since the asker heard of it.
+            fill.version.length = manifest.version.length;
+            if fill.version.length.is_some() && fill.bytes().is_empty() {
+                self.end_origin_fill(&fill, &flight, Ok(()));
+                return;
+            }
+        }
+        if let Some(before) = self.owner_before(fill.key, fill.place) {
+            match self.from_peer(before, &fill, &flight, true).await {
+                Ok(_) => {
+                    self.end_origin_fill(&fill, &flight, Ok(()));
+                    return;
+                }
+                Err(NextSource(why)) => {
+                    tracing::debug!(%before, slice = ?fill.slice, %why, "the owner before has it not")
+                }
+            }
+        }
+        if fill.version.whole {
+            self.fill_by_whole(&fill, &flight, None).await;
+        } else {
+            self.fill_by_range(&fill, &flight, None).await;
+        }
+    }
+
+    /// The fill whose bytes are already arriving: the slice that came with a
+    /// new manifest.
+    pub(super) fn adopt(&self, fill: Fill, body: OriginBody) {
+        if self.inner.l1.slice(&fill.slice).is_some() {
+            return;
+        }
+        let (flight, _) = self.inner.fills.join(fill.slice, 0..fill.end());
+        if !flight.claim() {
+            return;
+        }
+        flight.note_source(Source::Origin);
+        let (engine, guard) = (self.clone(), self.inner.fills.guard(&flight));
+        self.inner.runtime.spawn(async move {
+            let _guard = guard;
+            match engine.admit(&flight, None).await {
+                Ok(()) => engine.fill_by_range(&fill, &flight, Some(body)).await,
+                Err(error) => engine.end_origin_fill(&fill, &flight, Err(error)),
+            }
+        });
+    }
+
+    async fn fill_by_range(&self, fill: &Fill, flight: &Arc<Flight>, body: Option<OriginBody>) {
+        let arriving = body.map(|body| (body, None));
+        match self.try_from_origin(fill, flight, arriving).await {
+            Ok(()) => self.end_origin_fill(fill, flight, Ok(())),
+            // Sent whole: one body for this slice and all others.
+            Err(Retry::Whole(body)) => self.fill_by_whole(fill, flight, Some(*body)).await,
+            Err(Retry::Yes(error) | Retry::No(error)) => {
+                self.end_origin_fill(fill, flight, Err(error));
+            }
+            Err(Retry::OtherTag(_)) => {
+                self.end_origin_fill(fill, flight, Err(FillError::Changed));
+            }
+        }
+    }
+
+    pub(super) fn end_origin_fill(
+        &self,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+        result: Result<(), FillError>,
+    ) {
+        match &result {
+            Ok(()) => {}
+            Err(FillError::Changed) => self.announce_change(fill),
+            Err(error) => {
+                tracing::warn!(url = %fill.url(), slice = fill.slice.index, %error, "slice not filled")
+            }
+        }
+        flight.finish(result);
+        self.land(fill, flight);
+        self.inner.fills.remove(flight);
+    }
+
+    /// Keeps what has landed whole: in memory by its frequency, on disk where
+    /// this node owns it.
+    pub(super) fn land(&self, fill: &Fill, flight: &Arc<Flight>) {
+        let Some(slice) = self.landed(fill, flight) else {
+            return;
+        };
+        if let Some(l2) = self
+            .inner
+            .l2
+            .as_ref()
+            .filter(|_| self.is_keeper(fill.key, fill.place))
+        {
+            l2.keep_slice(fill.slice, slice.clone());
+        }
+        self.inner.l1.keep_slice(fill.slice, slice);
+    }
+
+    /// As [`Engine::land`], in memory only.
+    pub(super) fn land_in_memory(&self, fill: &Fill, flight: &Arc<Flight>) {
+        if let Some(slice) = self.landed(fill, flight) {
+            self.inner.l1.keep_slice(fill.slice, slice);
+        }
+    }
+
+    fn landed(&self, fill: &Fill, flight: &Arc<Flight>) -> Option<Slice> {
+        if flight.outcome() != Some(Ok(())) || flight.bytes() == 0 {
+            return None;
+        }
+        let slice = flight.gather();
+        if slice.is_none() {
+            tracing::warn!(slice = ?fill.slice, "a slice was damaged while it landed and is not kept");
+        }
+        slice
+    }
+
+    /// Fills a slice from the origin by itself, whatever form the answer has.
+    /// `arriving` is the range itself, or begins so many bytes before it.
+    pub(super) async fn from_origin(
+        &self,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+        arriving: Option<(OriginBody, Option<u64>)>,
+    ) -> Result<(), FillError> {
+        let start = fill.bytes().start;
+        let mut result = self.try_from_origin(fill, flight, arriving).await;
+        if let Err(Retry::Whole(body)) = result {
+            let skip = start + u64::from(flight.bytes());
+            result = self
+                .try_from_origin(fill, flight, Some((*body, Some(skip))))
+                .await;
+        }
+        result.map_err(|retry| match retry {
+            Retry::Yes(error) | Retry::No(error) => error,
+            Retry::Whole(_) | Retry::OtherTag(_) => FillError::Changed,
+        })
+    }
+
+    /// Tries the origin, resuming where a try broke off. An error says why
+    /// another try would not help: the last one failed, or the answer is of
+    /// another form.
+    async fn try_from_origin(
+        &self,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+        mut arriving: Option<(OriginBody, Option<u64>)>,
+    ) -> Result<(), Retry> {
+        let started = Instant::now();
+        self.inner.metrics.subrequests_total.inc();
+        let mut tags = Tags::of(self, fill);
+        let mut attempt = 0;
+        // Not for a body that is read up to the slice: that takes what it takes.
+        let total = match &arriving {
+            Some((_, Some(_))) => FOR_EVER,
+            _ => self.inner.config.origin_timeouts.total,
+        };
+        let deadline = tokio::time::Instant::now() + total;
+        let result = loop {
+            let once = self.try_once(fill, flight, arriving.take(), &tags);
+            let error = match tokio::time::timeout_at(deadline, once).await {
+                Ok(Err(retry @ (Retry::Yes(_) | Retry::OtherTag(_)))) => retry,
+                Ok(result) => break result,
+                Err(_) => {
+                    self.broke_off(fill);
+                    let reason = "not there within origin_timeouts.total".into();
+                    break Err(Retry::No(FillError::Failed {
+                        status: 504,
+                        reason,
+                    }));
+                }
+            };
+            // Another slice may have found out meanwhile that tags say nothing here.
+            let learnt = !tags.by_date && tags.ask_again(self, fill);
+            if attempt >= self.inner.config.max_retries && !learnt {
+                break Err(error);
+            }
+            attempt += 1;
+            self.inner.metrics.retried_subrequests_total.inc();
+            match error {
+                // Another replica may answer: nothing is wrong with this one.
+                Retry::OtherTag(tag) => tags.note(self, fill, tag),
+                _ => tokio::time::sleep(back_off(attempt)).await,
+            }
+        };
+        if result.is_ok() && !tags.seen.is_empty() {
+            self.trust_dates(fill);
+        }
+        if matches!(
+            result,
+            Err(Retry::Yes(_) | Retry::No(_) | Retry::OtherTag(_))
+        ) {
+            self.inner.metrics.failed_subrequests_total.inc();
+        }
+        self.inner
+            .metrics
+            .subrequest_duration_seconds
+            .observe(started.elapsed().as_secs_f64());
+        result
+    }
+
+    async fn try_once(
+        &self,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+        arriving: Option<(OriginBody, Option<u64>)>,
+        tags: &Tags,
+    ) -> Result<(), Retry> {
+        let whole = fill.bytes();
+        let (mut body, before) = match arriving {
+            Some(arriving) => arriving,
+            None => {
+                let asked = whole.start + u64::from(flight.bytes())..whole.end;
+                if asked.is_empty() {
+                    return Ok(());
+                }
+                let wanted = Wanted {
+                    head: false,
+                    range: Some(asked.clone()),
+                    open_range: None,
+                    fields: if tags.by_date {
+                        if_range_date(&fill.version)
+                    } else {
+                        if_range(&fill.version)
+                    },
+                };
+                let answer = self.inner.origin.get(&fill.request, &wanted).await?;
+                self.judge_slice_answer(fill, &asked, &answer, tags.by_date)?;
+                if answer.status == 200 {
+                    return Err(Retry::Whole(Box::new(answer.body)));
+                }
+                (answer.body, None)
+            }
+        };
+        let mut skip = before.unwrap_or(0);
+        let expected = (whole.end - whole.start) as u32;
+        while flight.bytes() < expected {
+            let next = body.next().await;
+            let next = next.inspect_err(|_| self.broke_off(fill))?;
+            let Some(mut bytes) = next else {
+                self.broke_off(fill);
+                return Err(Retry::Yes(FillError::Failed {
+                    status: 502,
+                    reason: "the body ended early".into(),
+                }));
+            };
+            if skip > 0 {
+                let cut = skip.min(bytes.len() as u64);
+                bytes = bytes.slice(cut as usize..);
+                skip -= cut;
+            }
+            let room = (expected - flight.bytes()) as usize;
+            let rest = bytes.split_off(bytes.len().min(room));
+            // At most a page each, so that peers can pass them on as they are.
+            while !bytes.is_empty() {
+                let part = bytes.split_to(bytes.len().min(PAGE_BYTES));
+                flight.land(Part::new(part));
+            }
+            if !rest.is_empty() && before.is_none() {
+                return Err(self.too_long(fill));
+            }
+        }
+        // Reads the framing's end, so that the connection can be used again.
+        match body.next().await {
+            Ok(Some(_)) if before.is_none() => Err(self.too_long(fill)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A body that ended before its announced end, or stalled there.
+    pub(super) fn broke_off(&self, fill: &Fill) {
+        self.inner.stitch.report(Fault {
+            reason: "broke-off",
+            url: &fill.url(),
+            asked: Some(fill.bytes()),
+            expected: Some(&fill.version),
+            headers: &HeaderMap::new(),
+        });
+    }
+
+    /// More bytes than were announced: which of them are right is anybody's guess.
+    fn too_long(&self, fill: &Fill) -> Retry {
+        self.inner.stitch.report(Fault {
+            reason: "too-long",
+            url: &fill.url(),
+            asked: Some(fill.bytes()),
+            expected: Some(&fill.version),
+            headers: &HeaderMap::new(),
+        });
+        Retry::No(FillError::Failed {
+            status: 502,
+            reason: "more bytes than announced".into(),
+        })
+    }
+
+    /// Whether an answer is what was asked for, of the right version: the
+    /// range (206), or everything (200).
+    pub(super) fn judge_slice_answer(
+        &self,
+        fill: &Fill,
+        asked: &Range<u64>,
+        answer: &OriginAnswer,
+        by_date: bool,
+    ) -> Result<(), Retry> {
+        let url = fill.url();
+        let fault = |reason| {
+            let expected = Some(&fill.version);
+            self.inner.stitch.report(Fault {
+                reason,
+                url: &url,
+                asked: Some(asked.clone()),
+                expected,
+                headers: &answer.headers,
+            });
+        };
+        let failed = |reason: String| {
+            Retry::Yes(FillError::Failed {
+                status: 502,
+                reason,
+            })
+        };
+        let range = origin::content_range(&answer.headers);
+        let length = match answer.status {
+            206 => range.and_then(|range| range.total),
+            _ => answer.length,
+        };
+        let same = same_version(&fill.version, answer)
+            || (by_date && same_date(&fill.version, answer) && length == fill.version.length);
+        match answer.status {
+            200 | 206 if !same => {
+                let tag = answer.headers.get(ETAG).and_then(|v| v.to_str().ok());
+                match tag {
+                    // Replicas of one origin may disagree about their tags.
+                    Some(tag)
+                        if same_date(&fill.version, answer) && length == fill.version.length =>
+                    {
+                        fault("entity-tag");
+                        Err(Retry::OtherTag(tag.to_owned()))
+                    }
+                    _ => {
+                        fault("validator");
+                        Err(Retry::No(FillError::Changed))
+                    }
+                }
+            }
+            206 => {
+                let other_total =
+                    range.is_some_and(|r| r.total.is_some() && r.total != fill.version.length);
+                if other_total && fill.version.length.is_some() {
+                    fault("length");
+                    // The tag says that it is the same: a lie, unless it stays.
+                    let lies = has_strong_tag(&fill.version);
+                    let error = FillError::Changed;
+                    return Err(if lies {
+                        Retry::Yes(error)
+                    } else {
+                        Retry::No(error)
+                    });
+                }
+                let fits = range
+                    .is_some_and(|r| r.first == Some(asked.start) && r.last + 1 == asked.end)
+                    && answer
+                        .length
+                        .is_none_or(|length| length == asked.end - asked.start)
+                    && !answer.headers.contains_key(http::header::CONTENT_ENCODING);
+                if !fits {
+                    fault("content-range");
+                    return Err(failed("wrong range".into()));
+                }
+                Ok(())
+            }
+            200 if answer.headers.contains_key(http::header::CONTENT_ENCODING)
+                && !fill.version.whole =>
+            {
+                fault("encoded");
+                Err(failed("encoded".into()))
+            }
+            200 if answer.length.is_none() || answer.length == fill.version.length => Ok(()),
+            200 => {
+                fault("length");
+                Err(Retry::No(FillError::Changed))
+            }
+            429 | 500..=599 => {
+                fault("status");
+                Err(failed(format!("status {}", answer.status)))
+            }
+            _ => {
+                fault("status");
+                Err(Retry::No(FillError::Changed))
+            }
+        }
+    }
+}
+
+/// Why a try failed, by what to do about it.
+pub(super) enum Retry {
+    /// Try again.
+    Yes(FillError),
+    /// Another try would not help.
+    No(FillError),
+    /// The same version, but all of it, from its first byte.
+    Whole(Box<OriginBody>),
+    /// Same date and length, but this entity tag: a change, or a replica that
+    /// makes its tags differently.
+    OtherTag(String),
+}
+
+impl From<OriginError> for Retry {
+    fn from(error: OriginError) -> Retry {
+        Retry::Yes(FillError::Failed {
+            status: error.status(),
+            reason: error.to_string(),
+        })
+    }
+}
+
+/// The entity tags of one origin that disagree with the version's.
+///
+/// After a change, every answer has the one new tag. Tags that come and go, or
+/// are never the same, say nothing about the bytes: then the date and the
+/// length do, as they would without any tag.
+struct Tags {
+    seen: Vec<String>,
+    by_date: bool,
+}
+
+impl Tags {
+    fn of(engine: &Engine, fill: &Fill) -> Tags {
+        let trusted = engine.inner.dated.lock().expect("no panic while held");
+        Tags {
+            seen: Vec::new(),
+            by_date: trusted.contains(&fill.slice.generation),
+        }
+    }
+
+    /// Whether the version's tags are known by now to say nothing.
+    fn ask_again(&mut self, engine: &Engine, fill: &Fill) -> bool {
+        self.by_date = Tags::of(engine, fill).by_date;
+        self.by_date
+    }
+
+    fn note(&mut self, engine: &Engine, fill: &Fill, tag: String) {
+        if !self.seen.is_empty() && !self.seen.contains(&tag) {
+            self.by_date = true;
+            engine.trust_dates(fill);
+        }
+        self.seen.push(tag);
+    }
+}
+
+impl Engine {
+    /// The tags of this version's origin do not tell versions apart.
+    fn trust_dates(&self, fill: &Fill) {
+        /// Versions remembered so.
+        const DATED_MAX: usize = 1024;
+        let mut dated = self.inner.dated.lock().expect("no panic while held");
+        if dated.len() >= DATED_MAX {
+            dated.clear();
+        }
+        dated.insert(fill.slice.generation);
+    }
+}
+
+/// Only the version we hold: a changed object is sent whole, and recognised.
+pub(super) fn if_range(version: &Version) -> Vec<(HeaderName, String)> {
+    match version.etag.as_ref().filter(|tag| !tag.starts_with("W/")) {
+        Some(tag) => vec![(IF_RANGE, tag.clone())],
+        None => if_range_date(version),
+    }
+}
+
+fn if_range_date(version: &Version) -> Vec<(HeaderName, String)> {
+    let date = version.last_modified.iter();
+    date.map(|date| (IF_RANGE, date.clone())).collect()
+}
+
+fn has_strong_tag(version: &Version) -> bool {
+    let tag = version.etag.as_deref();
+    tag.is_some_and(|tag| !tag.starts_with("W/"))
+}
+
+/// Whether an answer's validators are those of `version`: the strong entity
+/// tag where there is one, else Last-Modified (the length is checked apart).
+pub(super) fn same_version(version: &Version, answer: &OriginAnswer) -> bool {
+    let text = |name: HeaderName| answer.headers.get(name).and_then(|v| v.to_str().ok());
+    if has_strong_tag(version) {
+        text(ETAG) == version.etag.as_deref()
+    } else {
+        version.last_modified.is_some() && text(LAST_MODIFIED) == version.last_modified.as_deref()
+    }
+}
+
+/// Whether an answer has the version's Last-Modified, old enough to name the
+/// bytes exactly (RFC 9110 section 8.8.2.2).
+fn same_date(version: &Version, answer: &OriginAnswer) -> bool {
+    let mut dates = HeaderMap::new();
+    for name in [DATE, LAST_MODIFIED] {
+        if let Some(value) = answer.headers.get(&name) {
+            dates.insert(name, value.clone());
+        }
+    }
+    // One without Date is dated on arrival (RFC 9110 section 6.6.1).
+    write_date(&mut dates, answer.received_ms);
+    let date = dates.get(LAST_MODIFIED).and_then(|v| v.to_str().ok());
+    date.is_some()
+        && date == version.last_modified.as_deref()
+        && freshness::has_strong_validator(&dates)
+}

@@ -1,0 +1,257 @@
+//! What the engine shows of itself: `explain`, `warm`, and the gauges.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use pingora_slice_client::api;
+use pingora_slice_cluster::SliceId;
+use pingora_slice_cluster::purge::Subject;
+use pingora_slice_cluster::slice::touched;
+use pingora_slice_cluster::wire::{OriginRequest, Resolution};
+
+use super::{Engine, Request, Resolved, Verdict};
+use crate::admin::Inspect;
+use crate::freshness::{Demands, Use, unix_ms};
+use crate::manifest::{Stored, Url};
+use crate::metrics::Gauges;
+use crate::purge::{Naming, parse_url};
+
+/// Slices that an explanation lists.
+const SLICES_SHOWN: u32 = 16;
+
+#[async_trait::async_trait]
+impl Inspect for Engine {
+    async fn explain(&self, url: &str) -> api::Explain {
+        let Some(request) = self.plain_request(url) else {
+            return api::Explain {
+                url: url.into(),
+                verdict: "pass".into(),
+                reason: "not a URL".into(),
+                ..Default::default()
+            };
+        };
+        let held = self.held(&request, None).await;
+        let in_memory = self.inner.l1.record(request.key.0).is_some();
+        let subject = match (&held, self.hash_key()) {
+            (Some(held), _) => held.object.manifest.subject.clone(),
+            (None, Some(key)) => {
+                Subject::new(&key, &request.url.host, &request.url.target, &[] as &[&str])
+            }
+            (None, None) => Subject {
+                host: 0,
+                url: 0,
+                prefixes: Vec::new(),
+                tags: Vec::new(),
+            },
+        };
+        let floor = self.floor(&subject);
+        let leased = self.inner.cluster.may_serve();
+        let (verdict, reason) = match held.as_ref().map(|h| h.verdict) {
+            _ if self.hash_key().is_none() => ("pass", "the cluster has not formed yet".to_owned()),
+            None if self.is_uncacheable(request.key) => {
+                ("pass", "its last answer might not be shared".to_owned())
+            }
+            None => ("miss", "no manifest on this node".to_owned()),
+            Some(_) if !leased => (
+                "revalidate",
+                "this node holds no lease: it asks the origin first".to_owned(),
+            ),
+            Some(Verdict::Unusable) => (
+                "revalidate",
+                format!("purge {} is newer than its stamp", floor.plain),
+            ),
+            Some(Verdict::Use(Use::Fresh)) => (
+                "hit",
+                "fresh, and newer than every purge that covers it".to_owned(),
+            ),
+            Some(Verdict::Use(Use::Stale | Use::StaleWhileRevalidating)) => (
+                "stale",
+                "stale, may be used while it is validated".to_owned(),
+            ),
+            Some(Verdict::Use(Use::Validate)) => {
+                ("revalidate", "stale, or purged softly".to_owned())
+            }
+        };
+        let slices = held
+            .as_ref()
+            .map(|h| self.explain_slices(&request, &h.object))
+            .unwrap_or_default();
+        let stored_in = if in_memory { "l1" } else { "l2" };
+        api::Explain {
+            url: request.url.to_string(),
+            node_id: self.me().0,
+            key: format!("{:032x}", request.key.0),
+            verdict: verdict.into(),
+            reason,
+            sliced: request.sliced,
+            owners: self.owners(request.key, 0).iter().map(|id| id.0).collect(),
+            manifest: held.map(|h| explain_manifest(&h.object, stored_in)),
+            floor: api::Floor {
+                plain: floor.plain.0,
+                soft: floor.soft.0,
+                hard: floor.hard.0,
+            },
+            slices,
+        }
+    }
+
+    async fn warm(&self, urls: Vec<String>) -> api::Warmed {
+        let mut warmed = Vec::with_capacity(urls.len());
+        for url in urls {
+            warmed.push(self.warm_one(url).await);
+        }
+        api::Warmed { urls: warmed }
+    }
+
+    fn gauges(&self) -> Gauges {
+        let cluster = &self.inner.cluster;
+        let status = cluster.status();
+        Gauges {
+            memory: Some(*self.budget().sum()),
+            memory_taken: self.budget().taken(),
+            l1_bytes: self.l1_bytes(),
+            l2: self.inner.l2.as_ref().map(|l2| l2.stats()),
+            ring_epoch: status.ring_epoch,
+            purge_index: status.purge_index,
+            lease_valid: status.lease_valid,
+            nodes_up: status
+                .nodes
+                .iter()
+                .map(|node| (node.member.id, node.up))
+                .collect(),
+        }
+    }
+}
+
+impl Engine {
+    /// A GET without any field, for `url` (`host/path?query` or with a scheme).
+    fn plain_request(&self, url: &str) -> Option<Request> {
+        let (host, target) = parse_url(url).ok()?;
+        let config = &self.inner.config;
+        let naming = Naming::new(
+            config.upstream_host.as_deref(),
+            config.caching.query.clone(),
+        );
+        let (host, target) = (naming.host(&host).to_owned(), naming.target(target));
+        let path = target.split('?').next().unwrap_or(&target).to_owned();
+        let patterns = &self.inner.config.slice_patterns;
+        Some(Request {
+            key: self.hash_key()?.object(&host, &target),
+            origin: OriginRequest {
+                host: host.clone(),
+                target: target.clone(),
+                headers: Vec::new(),
+            },
+            url: Url { host, target },
+            demands: Demands::default(),
+            first_byte: 0,
+            sliced: patterns.is_empty() || patterns.iter().any(|p| p.is_match(&path)),
+        })
+    }
+
+    fn explain_slices(&self, request: &Request, object: &Arc<Stored>) -> Vec<api::Slice> {
+        let manifest = &object.manifest;
+        let count = manifest.slices().unwrap_or(0).min(u64::from(SLICES_SHOWN)) as u32;
+        (0..count)
+            .map(|index| {
+                let id = SliceId {
+                    generation: manifest.generation,
+                    index,
+                };
+                let owners = self.owners(request.key, manifest.place(index));
+                let stored_in = self.inner.l1.slice(&id).map(|_| "l1".to_owned());
+                api::Slice {
+                    index,
+                    owners: owners.iter().map(|id| id.0).collect(),
+                    stored_in,
+                }
+            })
+            .collect()
+    }
+
+    async fn warm_one(&self, url: String) -> api::WarmedUrl {
+        let failed = |url: String, message: String| api::WarmedUrl {
+            url,
+            success: false,
+            bytes: 0,
+            message,
+        };
+        let Some(request) = self.plain_request(&url) else {
+            return failed(url, "not a URL, or the cluster has not formed yet".into());
+        };
+        let found = match self.resolve(&request, None).await {
+            Resolved::Object(found) => found,
+            Resolved::Pass(why) => return failed(url, format!("not cacheable: {why}")),
+            Resolved::Relay(relay) => {
+                return failed(url, format!("not cacheable: status {}", relay.status));
+            }
+            Resolved::Failed { status, reason } => {
+                return failed(url, format!("{status}: {reason}"));
+            }
+        };
+        let manifest = &found.object.manifest;
+        let mut bytes = 0u64;
+        for part in touched(
+            0..manifest.length().unwrap_or(u64::MAX),
+            manifest.version.slice_bytes,
+        ) {
+            let before = bytes;
+            let mut rest = part;
+            loop {
+                let (object, origin) = (&found.object, &request.origin);
+                let mut reader = self.open(request.key, object, origin, rest, None);
+                while let Some(next) = reader.next(false).await {
+                    match next {
+                        Ok(read) => {
+                            bytes += read.len() as u64;
+                            rest.start += read.len() as u32;
+                        }
+                        Err(error) => return failed(url, error.to_string()),
+                    }
+                }
+                if !reader.has_more() {
+                    break;
+                }
+            }
+            if bytes - before < u64::from(part.end - part.start) {
+                break;
+            }
+        }
+        let message = if found.resolution == Resolution::Hit {
+            "hit"
+        } else {
+            "fetched"
+        };
+        api::WarmedUrl {
+            url,
+            success: true,
+            bytes,
+            message: message.into(),
+        }
+    }
+}
+
+fn explain_manifest(object: &Arc<Stored>, stored_in: &str) -> api::Manifest {
+    let manifest = &object.manifest;
+    let now_ms = unix_ms(SystemTime::now());
+    let age = manifest.freshness.age(now_ms);
+    api::Manifest {
+        stored_in: stored_in.into(),
+        status: manifest.status,
+        generation: format!("{:032x}", manifest.generation.0),
+        length: manifest.length(),
+        slice_bytes: manifest.version.slice_bytes,
+        slices: manifest.slices(),
+        stamp: manifest.stamp.0,
+        age_s: age,
+        fresh_for_s: manifest.freshness.lifetime as i64 - age as i64,
+        etag: manifest.version.etag.clone(),
+        last_modified: manifest.version.last_modified.clone(),
+        vary: manifest
+            .variant
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect(),
+        tags: super::resolve::tags(&crate::manifest::to_map(&manifest.headers)),
+    }
+}

@@ -1,0 +1,403 @@
+//! Parts of objects, as the origin gave them: ranges that are no slices of
+//! ours. They answer what lies within them, and complete one another (RFC 9111
+//! sections 3.3 and 3.4).
+//!
+//! An origin answers in parts where it was asked for one (the end of an object
+//! whose length nobody knows yet, or the rest of a part that is held), and
+//! where it gives the client's range in the place of the slice it was asked for.
+//! A part passes through memory in one piece, so its size has a bound.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::{Bytes, BytesMut};
+use http::HeaderMap;
+use http::header::CONTENT_ENCODING;
+use pingora_slice_cluster::Generation;
+use pingora_slice_cluster::wire::Resolution;
+
+use super::resolve::{Act, Outcome, Probe, Resolve, update};
+use super::{Engine, Forwarded, Relay, RelayBody, Request};
+use crate::budget::Budget;
+use crate::freshness::unix_ms;
+use crate::manifest::{self, Manifest, Stored};
+use crate::origin::{self, ContentRange, OriginAnswer, OriginBody, OriginError};
+use crate::plan;
+use crate::stitch::Fault;
+
+/// Longest part that is kept.
+const PART_BYTES_MAX: u64 = 8 * 1024 * 1024;
+/// Longest end of an unknown object that is asked for as such; a longer one is
+/// asked for by slices, like any range. As much as a slice of the usual size.
+const SUFFIX_BYTES_MAX: u64 = 1024 * 1024;
+const _: () = assert!(SUFFIX_BYTES_MAX <= PART_BYTES_MAX);
+
+/// A range that a Range field can name before the length is known.
+pub(super) enum OpenRange {
+    /// The last bytes of an object of which nothing is held.
+    Suffix(u64),
+    /// All beyond a part that is held and begins at byte 0.
+    Rest(HeldPart),
+}
+
+impl OpenRange {
+    /// As a Range field says it.
+    pub(super) fn value(&self) -> String {
+        match self {
+            OpenRange::Suffix(count) => format!("bytes=-{count}"),
+            OpenRange::Rest(held) => format!("bytes={}-", held.end()),
+        }
+    }
+}
+
+/// A part whose bytes are at hand.
+pub(super) struct HeldPart {
+    object: Arc<Stored>,
+    start: u64,
+    bytes: Bytes,
+}
+
+impl HeldPart {
+    fn end(&self) -> u64 {
+        self.start + self.bytes.len() as u64
+    }
+
+    /// What must be the same for another part to be of the same bytes.
+    pub(super) fn strong_etag(&self) -> Option<&str> {
+        strong(self.object.manifest.version.etag.as_deref())
+    }
+
+    /// This part and another that touches it, put together (section 3.4).
+    fn joined(&self, start: u64, bytes: &Bytes) -> Option<(u64, Bytes)> {
+        let end = start + bytes.len() as u64;
+        if start > self.end() || self.start > end {
+            return None;
+        }
+        let first = self.start.min(start);
+        let last = self.end().max(end);
+        if last - first > PART_BYTES_MAX {
+            return None;
+        }
+        let mut all = BytesMut::zeroed((last - first) as usize);
+        for (at, bytes) in [(self.start, &self.bytes), (start, bytes)] {
+            let at = (at - first) as usize;
+            all[at..at + bytes.len()].copy_from_slice(bytes);
+        }
+        Some((first, all.freeze()))
+    }
+}
+
+fn strong(etag: Option<&str>) -> Option<&str> {
+    etag.filter(|etag| etag.starts_with('"'))
+}
+
+/// A range that the origin gave, other than a slice of ours.
+#[derive(Clone, Copy)]
+pub(super) struct Part {
+    start: u64,
+    end: u64,
+    total: u64,
+}
+
+impl Part {
+    /// Most slices that a part is cut into.
+    const SLICES_MAX: u64 = 1024;
+
+    /// The range of a 206, where it is consistent and exactly what the client wants.
+    pub(super) fn answering(
+        request: &Request,
+        range: Option<ContentRange>,
+        length: Option<u64>,
+    ) -> Option<Part> {
+        let part = Part::of(range?)?;
+        let headers = manifest::to_map(&request.origin.headers);
+        let wanted = plan::single_range(&headers, part.total)?;
+        let consistent = length.is_none_or(|length| length == part.end - part.start);
+        (consistent && wanted == (part.start..part.end)).then_some(part)
+    }
+
+    fn of(range: ContentRange) -> Option<Part> {
+        Some(Part {
+            start: range.first?,
+            end: range.last + 1,
+            total: range.total?,
+        })
+    }
+
+    /// An answer to `bytes=-count` that has as many bytes, under a label that
+    /// counts one more: from an origin that takes the last byte's position for
+    /// the end. The bytes are what was asked for, and the object ends with them.
+    fn off_by_one(count: u64, range: Option<ContentRange>, length: Option<u64>) -> Option<Part> {
+        let label = Part::of(range?)?;
+        let is_so = length == Some(count)
+            && label.end == label.total
+            && label.end - label.start == count + 1;
+        is_so.then_some(Part {
+            end: label.end - 1,
+            total: label.total - 1,
+            ..label
+        })
+    }
+
+    /// The largest slice size, at most `bytes_max`, at whose multiples it
+    /// begins and ends; `None` where that makes too many.
+    fn slice_bytes(&self, bytes_max: u32) -> Option<u32> {
+        let end = if self.end == self.total { 0 } else { self.end };
+        let mut common = gcd(self.start, end);
+        if common == 0 {
+            common = self.total.min(u64::from(bytes_max));
+        }
+        if common > u64::from(bytes_max) {
+            common = gcd(common, u64::from(bytes_max));
+        }
+        let slices = (self.end - self.start).div_ceil(common);
+        let few = slices <= Part::SLICES_MAX && self.end - self.start <= PART_BYTES_MAX;
+        u32::try_from(common).ok().filter(|_| few)
+    }
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+impl Engine {
+    /// What is asked for by an open range, where one serves better than a slice.
+    pub(super) async fn open_range(
+        &self,
+        request: &Request,
+        held: Option<&Arc<Stored>>,
+        gone: Option<Generation>,
+    ) -> Option<OpenRange> {
+        if !request.sliced {
+            return None;
+        }
+        let headers = manifest::to_map(&request.origin.headers);
+        if held.is_none() {
+            let count = plan::suffix(&headers).filter(|count| *count <= SUFFIX_BYTES_MAX)?;
+            return Some(OpenRange::Suffix(count));
+        }
+        if headers.contains_key(http::header::RANGE) {
+            return None;
+        }
+        let held = self.held_part(request, gone).await?;
+        let total = held.object.manifest.length()?;
+        (held.start == 0 && total <= PART_BYTES_MAX).then_some(OpenRange::Rest(held))
+    }
+
+    /// The part that is held for a request, where it may be used.
+    pub(super) async fn held_part(
+        &self,
+        request: &Request,
+        gone: Option<Generation>,
+    ) -> Option<HeldPart> {
+        // The lease first: it vouches for floors read after it.
+        let leased = self.inner.cluster.may_serve();
+        let object = self
+            .lookup(request.key, &request.url, &request.origin.headers)
+            .await?;
+        let manifest = &object.manifest;
+        let (start, _) = manifest.part?;
+        let usable = leased
+            && gone != Some(manifest.generation)
+            && manifest.stamp >= self.floor(&manifest.subject).plain
+            && !manifest.freshness.no_cache
+            && !request.demands.no_cache
+            && manifest.freshness.is_fresh(unix_ms(SystemTime::now()));
+        if !usable {
+            return None;
+        }
+        let bytes = self
+            .part_bytes(request.key, manifest, &request.origin)
+            .await?;
+        Some(HeldPart {
+            object,
+            start,
+            bytes,
+        })
+    }
+
+    /// 206 to an open range.
+    pub(super) async fn open_answer(
+        &self,
+        request: &Request,
+        probe: &mut Probe,
+        answer: OriginAnswer,
+        flight: &Arc<Resolve>,
+    ) -> Act {
+        let range = origin::content_range(&answer.headers);
+        match probe.open.take() {
+            Some(OpenRange::Suffix(count)) => {
+                if let Some(part) = Part::answering(request, range, answer.length) {
+                    return Act::Done(self.part(request, part, None, answer, flight).await);
+                }
+                // A label of another range, but consistent in itself: the next
+                // request may complete it.
+                let labelled = range.and_then(Part::of).filter(|part| {
+                    answer.length == Some(part.end - part.start) && part.end - part.start == count
+                });
+                let off_by_one = Part::off_by_one(count, range, answer.length);
+                if let Some(part) = labelled.or(off_by_one) {
+                    return Act::Done(self.passed_part(request, part, answer, flight).await);
+                }
+            }
+            Some(OpenRange::Rest(held)) => {
+                let rest = range.and_then(Part::of).filter(|rest| {
+                    let etag = answer.headers.get(http::header::ETAG);
+                    rest.start == held.end()
+                        && rest.end == rest.total
+                        && held.object.manifest.length() == Some(rest.total)
+                        && answer
+                            .length
+                            .is_none_or(|length| length == rest.end - rest.start)
+                        && held.strong_etag().is_some()
+                        && held.strong_etag() == etag.and_then(|etag| etag.to_str().ok())
+                });
+                if let Some(rest) = rest {
+                    return Act::Done(self.part(request, rest, Some(held), answer, flight).await);
+                }
+                // It cannot be told to be of the same bytes.
+                return Act::AskAgain;
+            }
+            None => return Act::AskAgain,
+        }
+        self.inner.stitch.report(Fault {
+            reason: "content-range",
+            url: &request.url,
+            asked: None,
+            expected: None,
+            headers: &answer.headers,
+        });
+        probe.was_lied_to();
+        Act::AskAgain
+    }
+
+    /// A part, kept where that is possible, together with one that is held
+    /// where they touch; relayed otherwise.
+    pub(super) async fn part(
+        &self,
+        request: &Request,
+        mut part: Part,
+        held: Option<HeldPart>,
+        mut answer: OriginAnswer,
+        flight: &Arc<Resolve>,
+    ) -> Outcome {
+        let mut headers = answer.headers.clone();
+        origin::strip_framing(&mut headers);
+        let freshness = self.store(request, 200, &headers, &answer);
+        let encoded = headers.contains_key(CONTENT_ENCODING);
+        let fits = part.slice_bytes(self.inner.config.slice_bytes).is_some() && !encoded;
+        let (true, Ok(freshness)) = (fits, freshness) else {
+            return self.relay(answer, flight);
+        };
+        let mut bytes =
+            match read(&self.inner.budget, &mut answer.body, part.end - part.start).await {
+                Ok(bytes) => bytes,
+                Err(error) => return self.failed(&error, None),
+            };
+        let same = held.as_ref().filter(|held| {
+            let etag = headers
+                .get(http::header::ETAG)
+                .and_then(|v| v.to_str().ok());
+            held.object.manifest.length() == Some(part.total)
+                && held.strong_etag().is_some()
+                && held.strong_etag() == etag
+        });
+        if let Some(held) = same
+            && let Some((start, all)) = held.joined(part.start, &bytes)
+        {
+            let joined = Part {
+                start,
+                end: start + all.len() as u64,
+                ..part
+            };
+            if joined.slice_bytes(self.inner.config.slice_bytes).is_some() {
+                (part, bytes) = (joined, all);
+                let mut together = manifest::to_map(&held.object.manifest.headers);
+                update(&mut together, &headers);
+                headers = together;
+            }
+        }
+        answer.headers = headers;
+        match self.keep_answer(request, part, bytes, &answer, freshness, flight) {
+            Some(object) => Outcome::Object(object, Resolution::Miss),
+            None => Outcome::Uncacheable,
+        }
+    }
+
+    /// A part under a label that the client did not ask for: passed on as it
+    /// came, and kept for what it is.
+    async fn passed_part(
+        &self,
+        request: &Request,
+        part: Part,
+        mut answer: OriginAnswer,
+        flight: &Arc<Resolve>,
+    ) -> Outcome {
+        let mut headers = answer.headers.clone();
+        origin::strip_framing(&mut headers);
+        let freshness = self.store(request, 200, &headers, &answer);
+        let encoded = headers.contains_key(CONTENT_ENCODING);
+        let fits = part.slice_bytes(self.inner.config.slice_bytes).is_some() && !encoded;
+        let (true, Ok(freshness)) = (fits, freshness) else {
+            return self.relay(answer, flight);
+        };
+        let bytes = match read(&self.inner.budget, &mut answer.body, part.end - part.start).await {
+            Ok(bytes) => bytes,
+            Err(error) => return self.failed(&error, None),
+        };
+        let as_it_came = std::mem::replace(&mut answer.headers, headers);
+        let _ = self.keep_answer(request, part, bytes.clone(), &answer, freshness, flight);
+        *flight.relay.lock().expect("no panic while held") = Some(Relay {
+            status: answer.status,
+            headers: without_length(as_it_came),
+            length: Some(bytes.len() as u64),
+            forwarded: Forwarded::default(),
+            body: RelayBody::Bytes(bytes),
+        });
+        Outcome::Relay
+    }
+
+    fn keep_answer(
+        &self,
+        request: &Request,
+        part: Part,
+        bytes: Bytes,
+        answer: &OriginAnswer,
+        freshness: manifest::Freshness,
+        flight: &Arc<Resolve>,
+    ) -> Option<Arc<Stored>> {
+        let mut version = self.version(&answer.headers, Some(part.total), true);
+        version.slice_bytes = part.slice_bytes(self.inner.config.slice_bytes)?;
+        let mut manifest: Manifest =
+            self.manifest(request, 200, version, 0, freshness, answer, flight.stamp)?;
+        let held = (part.start, part.end);
+        manifest.part = (held != (0, part.total)).then_some(held);
+        let object = self.keep_for_asker(request.key, manifest);
+        self.keep_part(request, &object.manifest, held, bytes);
+        Some(object)
+    }
+}
+
+fn without_length(mut headers: HeaderMap) -> HeaderMap {
+    headers.remove(http::header::CONTENT_LENGTH);
+    headers
+}
+
+/// A body of so many bytes, in one piece.
+async fn read(budget: &Budget, body: &mut OriginBody, length: u64) -> Result<Bytes, OriginError> {
+    // While it grows, and is cut into slices.
+    let Some(_permit) = budget.transfer(2 * length).await else {
+        return Err(OriginError::BrokeOff("no memory for it".into()));
+    };
+    let mut bytes = BytesMut::new();
+    while let Some(more) = body.next().await? {
+        bytes.extend_from_slice(&more);
+        if bytes.len() as u64 > length {
+            break;
+        }
+    }
+    if bytes.len() as u64 != length {
+        return Err(OriginError::BrokeOff("not the bytes it announced".into()));
+    }
+    Ok(bytes.freeze())
+}

@@ -1,0 +1,980 @@
+//! The origin's part of resolving: one request for everybody who waits, and
+//! what its answer means.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use http::header::{
+    ACCEPT_RANGES, CONTENT_ENCODING, DATE, ETAG, HeaderMap, IF_MODIFIED_SINCE, IF_NONE_MATCH,
+    IF_RANGE, LAST_MODIFIED,
+};
+use pingora_slice_cluster::purge::{Subject, joinable};
+use pingora_slice_cluster::slice::{slice_at, slice_range};
+use pingora_slice_cluster::wire::{Ask, Resolution, ResolveAsk, Version};
+use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
+use rand::Rng;
+use tokio::sync::watch;
+
+use super::part::{OpenRange, Part};
+use super::{
+    Engine, Fill, Forwarded, Found, Held, Relay, RelayBody, Request, Resolved, Verdict,
+    holds_what_is_wanted,
+};
+use crate::config::OriginProbe;
+use crate::freshness::{self, NotStored, Use, unix_ms};
+use crate::l1::Kept;
+use crate::manifest::{self, Freshness, Manifest, Stored};
+use crate::origin::{self, OriginAnswer, OriginError, Wanted};
+use crate::plan;
+use crate::stitch::Fault;
+
+/// First pause between two tries at the origin; doubled each time, with jitter.
+const BACK_OFF: Duration = Duration::from_millis(50);
+/// Longest pause.
+const BACK_OFF_MAX: Duration = Duration::from_secs(2);
+/// Why a request failed that never reached the origin.
+pub(super) const UNREACHABLE: &str = "origin-unreachable";
+/// How long other nodes may take to hear that a version was replaced.
+const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
+/// Flights that one request joins in vain before it goes on its own: the
+/// first may tell that the object varies, the next is for the own variant.
+const JOINS_MAX: usize = 3;
+
+/// The pause before try number `attempt` (from 1), with equal jitter.
+pub(super) fn back_off(attempt: u32) -> Duration {
+    let full = BACK_OFF
+        .saturating_mul(1 << attempt.min(10).saturating_sub(1))
+        .min(BACK_OFF_MAX);
+    full.mul_f64(rand::rng().random_range(0.5..1.0))
+}
+
+/// The resolves under way, by the key under which a manifest will be kept, as
+/// far as it is known that the object varies.
+#[derive(Default)]
+pub(super) struct Resolves {
+    map: Mutex<HashMap<u128, Arc<Resolve>>>,
+}
+
+/// One request to the origin for a manifest, and those who wait for it.
+pub(super) struct Resolve {
+    /// Purge index applied before it began (rule 1).
+    pub(super) stamp: PurgeIndex,
+    pub(super) gone: Option<Generation>,
+    outcome: watch::Sender<Option<Outcome>>,
+    /// The origin's answer where it may not be shared: for who started it.
+    pub(super) relay: Mutex<Option<Relay>>,
+}
+
+impl Resolve {
+    /// Whether the origin has something else than a version that other nodes
+    /// may still answer from, because it is fresh.
+    fn replaces(&self, outcome: &Outcome, old: &Stored) -> bool {
+        let old = &old.manifest;
+        let other = match outcome {
+            Outcome::Object(object, Resolution::Miss) => {
+                object.manifest.generation != old.generation
+            }
+            Outcome::Relay => {
+                let relay = self.relay.lock().expect("no panic while held");
+                relay.as_ref().is_some_and(|relay| relay.status < 500)
+            }
+            _ => false,
+        };
+        other && old.freshness.is_fresh(unix_ms(SystemTime::now()))
+    }
+
+    /// Whether it is under way, or has brought what others may have too.
+    fn may_be_shared(&self) -> bool {
+        matches!(
+            *self.outcome.borrow(),
+            None | Some(Outcome::Object(..) | Outcome::Failed { .. })
+        )
+    }
+}
+
+/// Ends a resolve when it is dropped, which a panic does too.
+struct Ending<'a> {
+    engine: &'a Engine,
+    at: u128,
+    flight: &'a Arc<Resolve>,
+    outcome: Outcome,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        // Off the list first: who comes now must not get an answer from before.
+        if let Ok(mut map) = self.engine.inner.resolves.map.lock()
+            && let Some(listed) = map.get(&self.at)
+            && Arc::ptr_eq(listed, self.flight)
+        {
+            map.remove(&self.at);
+        }
+        let outcome = Some(self.outcome.clone());
+        self.flight.outcome.send_replace(outcome);
+    }
+}
+
+#[derive(Clone)]
+pub(super) enum Outcome {
+    Object(Arc<Stored>, Resolution),
+    /// The starter takes the relay; the others are on their own.
+    Relay,
+    Uncacheable,
+    Failed {
+        status: u16,
+        reason: &'static str,
+    },
+}
+
+impl Engine {
+    /// Asks the origin, together with everybody who asks for the same now. A
+    /// node without a lease does not know today's floors, so its requests may
+    /// not join a flight that began before they arrived (rules 5 and 6).
+    pub(super) async fn resolve_at_origin(
+        &self,
+        request: &Request,
+        held: Option<Held>,
+        gone: Option<Generation>,
+        may_join: bool,
+    ) -> Resolved {
+        let mut unfit = None;
+        for _ in 0..JOINS_MAX {
+            let Some((flight, started)) = self.join(request, &held, gone, may_join, unfit.as_ref())
+            else {
+                return Resolved::Pass("not-ready");
+            };
+            let mut news = flight.outcome.subscribe();
+            let outcome = match news.wait_for(Option::is_some).await {
+                Ok(outcome) => outcome.clone(),
+                Err(_) => None,
+            };
+            match outcome {
+                Some(Outcome::Object(object, resolution)) => {
+                    // Tags and variant are known only now (rule 6).
+                    if !started && !self.serves(&object, resolution, request, gone) {
+                        unfit = Some(flight);
+                        continue;
+                    }
+                    let object = match self.for_all(&object.manifest) {
+                        Some(manifest) if !started => Arc::new(Stored::new(manifest)),
+                        _ => object,
+                    };
+                    return Resolved::Object(Found {
+                        object,
+                        resolution,
+                        collapsed: !started,
+                        forwarded: Forwarded::default(),
+                    });
+                }
+                Some(Outcome::Relay) if started => {
+                    if let Some(relay) = flight.relay.lock().expect("no panic while held").take() {
+                        return Resolved::Relay(Box::new(relay));
+                    }
+                    return Resolved::Pass("uncacheable");
+                }
+                Some(Outcome::Relay | Outcome::Uncacheable) => {
+                    return Resolved::Pass("uncacheable");
+                }
+                Some(Outcome::Failed { status, reason }) => {
+                    return Resolved::Failed { status, reason };
+                }
+                None => {
+                    return Resolved::Failed {
+                        status: 502,
+                        reason: "internal",
+                    };
+                }
+            }
+        }
+        Resolved::Pass("contended")
+    }
+
+    /// Whether what a flight brought answers a request that joined it.
+    fn serves(
+        &self,
+        object: &Arc<Stored>,
+        resolution: Resolution,
+        request: &Request,
+        gone: Option<Generation>,
+    ) -> bool {
+        let manifest = &object.manifest;
+        let by: Vec<String> = manifest
+            .variant
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect();
+        manifest.variant == manifest::variant_of(&by, &request.origin.headers)
+            && self.judge(object, request, gone) != Verdict::Unusable
+            && (resolution == Resolution::Stale || self.is_joinable(object))
+    }
+
+    /// The flight to wait for, started if there is none that may be joined
+    /// (rule 6). `None` while the cluster has no hash key.
+    fn join(
+        &self,
+        request: &Request,
+        held: &Option<Held>,
+        gone: Option<Generation>,
+        may_join: bool,
+        unfit: Option<&Arc<Resolve>>,
+    ) -> Option<(Arc<Resolve>, bool)> {
+        let hash_key = self.hash_key()?;
+        let subject = Subject::new(
+            &hash_key,
+            &request.url.host,
+            &request.url.target,
+            &[] as &[&str],
+        );
+        let at = match self.inner.l1.record(request.key.0) {
+            Some(Kept::Varies(varies)) => {
+                let variant = manifest::variant_of(&varies.1, &request.origin.headers);
+                manifest::variant_key(&hash_key, request.key, &variant)
+            }
+            _ => request.key.0,
+        };
+        let mut map = self.inner.resolves.map.lock().expect("no panic while held");
+        if may_join
+            && let Some(flight) = map.get(&at)
+            && unfit.is_none_or(|unfit| !Arc::ptr_eq(unfit, flight))
+            && flight.may_be_shared()
+            && joinable(flight.stamp, self.floor(&subject))
+            && (gone.is_none() || flight.gone == gone)
+        {
+            return Some((flight.clone(), false));
+        }
+        let flight = Arc::new(Resolve {
+            stamp: self.inner.cluster.applied(),
+            gone,
+            outcome: watch::Sender::new(None),
+            relay: Mutex::new(None),
+        });
+        map.insert(at, flight.clone());
+        drop(map);
+
+        let (engine, request, begun) = (self.clone(), request.clone(), flight.clone());
+        let held = held.as_ref().map(|h| h.object.clone());
+        self.inner.runtime.spawn(async move {
+            let mut end = Ending {
+                engine: &engine,
+                at,
+                flight: &begun,
+                outcome: Outcome::Failed {
+                    status: 502,
+                    reason: "internal",
+                },
+            };
+            // The flight before ours may have landed after we missed.
+            end.outcome = match engine.landed_meanwhile(&request, gone).await {
+                Some(object) => Outcome::Object(object, Resolution::Hit),
+                None => {
+                    let outcome = engine.ask_origin(&request, held.clone(), &begun).await;
+                    if let Some(old) = held.filter(|old| begun.replaces(&outcome, old)) {
+                        engine
+                            .tell_replaced(&request, old.manifest.generation)
+                            .await;
+                    }
+                    outcome
+                }
+            };
+        });
+        Some((flight, true))
+    }
+
+    /// A client's demand has found out that a fresh version is no more what the
+    /// origin has. The nodes that hold it forget it before the client's answer,
+    /// so that whoever asks next, anywhere, gets what this client got. One that
+    /// does not hear of it in time goes on until its copy is stale or purged:
+    /// no client was promised more (that is what PURGE is for).
+    async fn tell_replaced(&self, request: &Request, generation: Generation) {
+        let view = self.inner.cluster.view();
+        let ask = Ask::Resolve(ResolveAsk {
+            key: request.key,
+            request: request.origin.clone(),
+            floor: PurgeIndex::default(),
+            first_byte: 0,
+            sliced: request.sliced,
+            revalidate: false,
+            gone: Some(generation),
+            stored_only: true,
+        });
+        let others = view.members.keys().filter(|id| **id != view.me);
+        let told = others.map(|id| self.inner.cluster.ask(*id, &ask, REPLACED_HEARD_WITHIN));
+        futures::future::join_all(told).await;
+    }
+
+    /// A manifest that can be used as it is, though there was none a moment ago.
+    async fn landed_meanwhile(
+        &self,
+        request: &Request,
+        gone: Option<Generation>,
+    ) -> Option<Arc<Stored>> {
+        if !self.inner.cluster.may_serve() {
+            return None;
+        }
+        let held = self.held(request, gone).await?;
+        (held.verdict == Verdict::Use(Use::Fresh)).then_some(held.object)
+    }
+
+    /// Asks until there is an answer to act on, and acts on it.
+    async fn ask_origin(
+        &self,
+        request: &Request,
+        held: Option<Arc<Stored>>,
+        flight: &Arc<Resolve>,
+    ) -> Outcome {
+        let total = self.inner.config.origin_timeouts.total;
+        let asking = self.ask_until_answered(request, held.clone(), flight);
+        match tokio::time::timeout(total, asking).await {
+            Ok(outcome) => outcome,
+            Err(_) => match self.stale_on_error(held.as_ref()) {
+                Some(stale) => Outcome::Object(stale, Resolution::Stale),
+                None => {
+                    let error = OriginError::TimedOut("no answer in all".into());
+                    self.failed(&error, held.as_ref())
+                }
+            },
+        }
+    }
+
+    async fn ask_until_answered(
+        &self,
+        request: &Request,
+        held: Option<Arc<Stored>>,
+        flight: &Arc<Resolve>,
+    ) -> Outcome {
+        let mut probe = Probe::of(self, request);
+        probe.open = self.open_range(request, held.as_ref(), flight.gone).await;
+        if self.inner.config.origin_probe == OriginProbe::Head && held.is_none() {
+            let wanted = Wanted {
+                head: true,
+                ..Wanted::default()
+            };
+            // A failure will show again in the loop, which can deal with it.
+            if let Ok(mut answer) = self.inner.origin.get(&request.origin, &wanted).await {
+                probe.learn(&answer);
+                // The connection can be used again after the end.
+                let _ = answer.body.next().await;
+            }
+        }
+        let mut attempt = 0;
+        loop {
+            let confirm = held
+                .as_ref()
+                .filter(|object| self.may_be_confirmed(object, request, flight.gone));
+            let wanted = probe.wanted(confirm);
+            match self.inner.origin.get(&request.origin, &wanted).await {
+                Ok(answer) => {
+                    if is_passing_failure(answer.status)
+                        && let Some(stale) = self.stale_on_error(held.as_ref())
+                    {
+                        return Outcome::Object(stale, Resolution::Stale);
+                    }
+                    let may_pass = held.is_none() && is_bare_failure(&answer);
+                    if may_pass && attempt < self.inner.config.max_retries {
+                        attempt += 1;
+                        self.inner.metrics.retried_subrequests_total.inc();
+                        tokio::time::sleep(back_off(attempt)).await;
+                        continue;
+                    }
+                    match self.act(request, confirm, &mut probe, answer, flight).await {
+                        Act::Done(outcome) => return outcome,
+                        Act::AskAgain => attempt += 1,
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(url = %request.url, %error, "origin request failed");
+                    if let Some(stale) = self.stale_on_error(held.as_ref()) {
+                        return Outcome::Object(stale, Resolution::Stale);
+                    }
+                    let reached = !matches!(error, OriginError::Unreachable(_));
+                    if attempt >= self.inner.config.max_retries || (reached && held.is_some()) {
+                        return self.failed(&error, held.as_ref());
+                    }
+                    attempt += 1;
+                    self.inner.metrics.retried_subrequests_total.inc();
+                    tokio::time::sleep(back_off(attempt)).await;
+                }
+            }
+            if attempt > self.inner.config.max_retries.saturating_add(Probe::TURNS) {
+                return Outcome::Failed {
+                    status: 502,
+                    reason: "origin-disagrees",
+                };
+            }
+        }
+    }
+
+    /// Rule 5's last line, or the gateway errors: 504 where something is held
+    /// that must not be used unasked (RFC 9111 section 5.2.2.2).
+    pub(super) fn failed(&self, error: &OriginError, held: Option<&Arc<Stored>>) -> Outcome {
+        if self.inner.cluster.may_serve() {
+            let must_ask = held.is_some_and(|object| {
+                let freshness = &object.manifest.freshness;
+                freshness.must_revalidate || freshness.no_cache
+            });
+            Outcome::Failed {
+                status: if must_ask { 504 } else { error.status() },
+                reason: match error {
+                    OriginError::Unreachable(_) => UNREACHABLE,
+                    OriginError::BrokeOff(_) => "origin-broke-off",
+                    OriginError::TimedOut(_) => "origin-timed-out",
+                },
+            }
+        } else {
+            Outcome::Failed {
+                status: 503,
+                reason: "fenced",
+            }
+        }
+    }
+
+    /// Whether the origin's 304 would make the held version good again: after
+    /// a purge only a strong validator does, after a hard purge none.
+    fn may_be_confirmed(
+        &self,
+        object: &Arc<Stored>,
+        request: &Request,
+        gone: Option<Generation>,
+    ) -> bool {
+        let manifest = &object.manifest;
+        // The lease first: it vouches for floors read after it.
+        let leased = self.inner.cluster.may_serve();
+        let floor = self.floor(&manifest.subject);
+        let by: Vec<String> = manifest
+            .variant
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect();
+        let has_validator =
+            manifest.version.etag.is_some() || manifest.version.last_modified.is_some();
+        has_validator
+            && gone != Some(manifest.generation)
+            && holds_what_is_wanted(manifest, request)
+            && manifest.variant == manifest::variant_of(&by, &request.origin.headers)
+            && manifest.stamp >= floor.hard
+            && ((leased && manifest.stamp >= floor.plain)
+                || freshness::has_strong_validator(&manifest::to_map(&manifest.headers)))
+    }
+
+    /// `stale-if-error` (RFC 5861 section 4); never past a purge or without a lease.
+    fn stale_on_error(&self, held: Option<&Arc<Stored>>) -> Option<Arc<Stored>> {
+        let object = held?;
+        let manifest = &object.manifest;
+        let freshness = &manifest.freshness;
+        let staleness = freshness.staleness(unix_ms(SystemTime::now()));
+        let usable = self.inner.cluster.may_serve()
+            && manifest.stamp >= self.floor(&manifest.subject).plain
+            && !freshness.must_revalidate
+            && !freshness.no_cache
+            && staleness <= freshness.stale_if_error
+            && freshness.stale_if_error > 0;
+        usable.then(|| object.clone())
+    }
+
+    async fn act(
+        &self,
+        request: &Request,
+        confirm: Option<&Arc<Stored>>,
+        probe: &mut Probe,
+        mut answer: OriginAnswer,
+        flight: &Arc<Resolve>,
+    ) -> Act {
+        match answer.status {
+            304 => match confirm {
+                Some(object) => Act::Done(self.confirmed(request, object, answer, flight.stamp)),
+                // Nobody asked for that.
+                None => Act::AskAgain,
+            },
+            206 if probe.open.is_some() => self.open_answer(request, probe, answer, flight).await,
+            // It may know no range without both ends.
+            400 | 501 if probe.open.is_some() => {
+                probe.open = None;
+                Act::AskAgain
+            }
+            206 => {
+                let Some(asked) = probe.range.clone() else {
+                    return Act::AskAgain;
+                };
+                let range = origin::content_range(&answer.headers);
+                let fits = range.and_then(|range| {
+                    let total = range.total?;
+                    let end = asked.end.min(total);
+                    (range.first == Some(asked.start) && range.last + 1 == end).then_some(total)
+                });
+                let length_fits = fits.is_some_and(|total| {
+                    answer
+                        .length
+                        .is_none_or(|length| length == asked.end.min(total) - asked.start)
+                });
+                let encoded = answer.headers.contains_key(CONTENT_ENCODING);
+                match fits {
+                    Some(total) if length_fits && !encoded => {
+                        self.sliced(request, probe, total, answer, flight).await
+                    }
+                    _ if let Some(part) = Part::answering(request, range, answer.length) => {
+                        let held = self.held_part(request, flight.gone).await;
+                        Act::Done(self.part(request, part, held, answer, flight).await)
+                    }
+                    _ => {
+                        let reason = if encoded { "encoded" } else { "content-range" };
+                        self.inner.stitch.report(Fault {
+                            reason,
+                            url: &request.url,
+                            asked: Some(asked),
+                            expected: None,
+                            headers: &answer.headers,
+                        });
+                        probe.was_lied_to();
+                        Act::AskAgain
+                    }
+                }
+            }
+            416 if probe.range.is_some() => {
+                let total = origin::content_range(&answer.headers).and_then(|range| range.total);
+                let headers = manifest::to_map(&request.origin.headers);
+                if total.is_some_and(|total| plan::is_unsatisfiable(&headers, total)) {
+                    return Act::Done(self.relay(answer, flight));
+                }
+                probe.shrink(total);
+                Act::AskAgain
+            }
+            status => {
+                answer.headers.remove(http::header::CONTENT_LENGTH);
+                if matches!(status, 204 | 205) {
+                    answer.length = Some(0);
+                }
+                Act::Done(self.whole(request, status, answer, flight))
+            }
+        }
+    }
+
+    /// 304: the held version is good again. Its stamp is the one read before
+    /// this conditional request (rule 1).
+    fn confirmed(
+        &self,
+        request: &Request,
+        object: &Arc<Stored>,
+        answer: OriginAnswer,
+        stamp: PurgeIndex,
+    ) -> Outcome {
+        let mut manifest = object.manifest.clone();
+        let mut headers = manifest::to_map(&manifest.headers);
+        // A 304 without Date is dated on arrival.
+        headers.remove(DATE);
+        update(&mut headers, &answer.headers);
+        let judged = self.store(request, manifest.status, &headers, &answer);
+        headers.remove(http::header::AGE);
+        write_date(&mut headers, answer.received_ms);
+        manifest.headers = manifest::to_headers(&headers);
+        manifest.stamp = stamp;
+        match judged {
+            Ok(freshness) => {
+                manifest.freshness = freshness;
+                let tags = tags(&headers);
+                if let Some(key) = self.hash_key() {
+                    manifest.subject =
+                        Subject::new(&key, &request.url.host, &request.url.target, &tags);
+                }
+                Outcome::Object(
+                    self.keep_for_asker(request.key, manifest),
+                    Resolution::Revalidated,
+                )
+            }
+            Err(_) => {
+                // No longer to be kept; it still answers this request.
+                manifest.freshness = Freshness {
+                    no_cache: true,
+                    lifetime: 0,
+                    ..manifest.freshness
+                };
+                self.forget_manifest(request.key, &manifest);
+                Outcome::Object(Arc::new(Stored::new(manifest)), Resolution::Revalidated)
+            }
+        }
+    }
+
+    /// 206: the head of a sliced object, and its first slice.
+    async fn sliced(
+        &self,
+        request: &Request,
+        probe: &mut Probe,
+        total: u64,
+        mut answer: OriginAnswer,
+        flight: &Arc<Resolve>,
+    ) -> Act {
+        let covers_all = probe
+            .range
+            .as_ref()
+            .is_some_and(|r| r.start == 0 && r.end >= total);
+        origin::strip_framing(&mut answer.headers);
+        let too_large = self
+            .inner
+            .config
+            .max_object_bytes
+            .is_some_and(|max| total > max);
+        let storable = self.store(request, 200, &answer.headers, &answer);
+        if let Err(why) = storable {
+            tracing::debug!(url = %request.url, why = why.as_str(), "not stored");
+        }
+        let freshness = match storable {
+            Ok(freshness) if !too_large => freshness,
+            // A client that wants a range gets it from the origin.
+            _ if covers_all && wants_range(request) => return Act::Done(Outcome::Uncacheable),
+            _ if covers_all => {
+                answer.status = 200;
+                answer.length = Some(total);
+                return Act::Done(self.relay(answer, flight));
+            }
+            _ => {
+                // The client gets it by a request of its own.
+                self.mark_uncacheable(request.key);
+                return Act::Done(Outcome::Uncacheable);
+            }
+        };
+        let version = self.version(&answer.headers, Some(total), false);
+        let pinned = version
+            .etag
+            .as_deref()
+            .is_some_and(|e| !e.starts_with("W/"))
+            || version.last_modified.is_some();
+        if !pinned && !covers_all {
+            // Nothing ties one slice to the next: fetch it whole.
+            self.inner.stitch.report(Fault {
+                reason: "no-validator",
+                url: &request.url,
+                asked: probe.range.clone(),
+                expected: None,
+                headers: &answer.headers,
+            });
+            probe.range = None;
+            return Act::AskAgain;
+        }
+        let Some(manifest) = self.manifest(
+            request,
+            200,
+            version,
+            probe.index,
+            freshness,
+            &answer,
+            flight.stamp,
+        ) else {
+            return Act::Done(Outcome::Uncacheable);
+        };
+        // The slice's flight is there before anybody can hear of the manifest.
+        let fill = Fill::of(request.key, &manifest, &request.origin, probe.index);
+        self.adopt(fill, answer.body);
+        Act::Done(Outcome::Object(
+            self.keep_for_asker(request.key, manifest),
+            Resolution::Miss,
+        ))
+    }
+
+    /// Any other final answer: kept whole, or relayed.
+    fn whole(
+        &self,
+        request: &Request,
+        status: u16,
+        answer: OriginAnswer,
+        flight: &Arc<Resolve>,
+    ) -> Outcome {
+        let too_large = match (self.inner.config.max_object_bytes, answer.length) {
+            (Some(max), Some(length)) => length > max,
+            _ => false,
+        };
+        let freshness = match self.store(request, status, &answer.headers, &answer) {
+            Ok(freshness) if !too_large => freshness,
+            Ok(_) => return self.relay(answer, flight),
+            Err(why) => {
+                tracing::debug!(url = %request.url, why = why.as_str(), "not stored");
+                if answer.status < 500 {
+                    self.inner.l1.drop_record(request.key.0);
+                    if let Some(l2) = &self.inner.l2 {
+                        l2.drop_manifest(request.key.0);
+                    }
+                }
+                return self.relay(answer, flight);
+            }
+        };
+        let version = self.version(&answer.headers, answer.length, true);
+        let Some(manifest) = self.manifest(
+            request,
+            status,
+            version,
+            0,
+            freshness,
+            &answer,
+            flight.stamp,
+        ) else {
+            return Outcome::Uncacheable;
+        };
+        self.begin_whole(request, &manifest, answer.body);
+        Outcome::Object(self.keep_for_asker(request.key, manifest), Resolution::Miss)
+    }
+
+    pub(super) fn relay(&self, mut answer: OriginAnswer, flight: &Arc<Resolve>) -> Outcome {
+        answer.headers.remove(http::header::CONTENT_LENGTH);
+        *flight.relay.lock().expect("no panic while held") = Some(Relay {
+            status: answer.status,
+            headers: answer.headers,
+            length: answer.length,
+            forwarded: Forwarded::default(),
+            body: RelayBody::Origin(Box::new(answer.body)),
+        });
+        Outcome::Relay
+    }
+
+    pub(super) fn store(
+        &self,
+        request: &Request,
+        status: u16,
+        headers: &HeaderMap,
+        answer: &OriginAnswer,
+    ) -> Result<Freshness, NotStored> {
+        freshness::store(
+            &self.inner.policy,
+            &request.demands,
+            status,
+            headers,
+            answer.asked_ms,
+            answer.received_ms,
+        )
+    }
+
+    pub(super) fn version(&self, headers: &HeaderMap, length: Option<u64>, whole: bool) -> Version {
+        let text = |name| {
+            headers
+                .get(name)
+                .and_then(|v: &http::HeaderValue| v.to_str().ok())
+                .map(str::to_owned)
+        };
+        Version {
+            etag: text(ETAG),
+            last_modified: text(LAST_MODIFIED),
+            length,
+            slice_bytes: self.inner.config.slice_bytes,
+            whole,
+            hard: PurgeIndex::default(),
+        }
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one place builds manifests, from all that is known"
+    )]
+    pub(super) fn manifest(
+        &self,
+        request: &Request,
+        status: u16,
+        mut version: Version,
+        probe: u32,
+        freshness: Freshness,
+        answer: &OriginAnswer,
+        stamp: PurgeIndex,
+    ) -> Option<Manifest> {
+        let hash_key = self.hash_key()?;
+        let tags = tags(&answer.headers);
+        let subject = Subject::new(&hash_key, &request.url.host, &request.url.target, &tags);
+        // A hard purge that came after the request left says nothing of these bytes.
+        version.hard = self.floor(&subject).hard.min(stamp);
+        let strong = status == 200 && freshness::has_strong_validator(&answer.headers);
+        let by = freshness::vary(&answer.headers)?;
+        let variant = manifest::variant_of(&by, &request.origin.headers);
+        let object = ObjectKey(manifest::variant_key(&hash_key, request.key, &variant));
+        let mut headers = answer.headers.clone();
+        write_date(&mut headers, answer.received_ms);
+        headers.remove(http::header::AGE);
+        Some(Manifest {
+            url: request.url.clone(),
+            status,
+            generation: manifest::generation(
+                &hash_key,
+                object,
+                &version,
+                strong,
+                stamp,
+                answer.received_ms,
+            ),
+            headers: manifest::to_headers(&headers),
+            version,
+            probe,
+            stamp,
+            subject,
+            variant,
+            part: None,
+            freshness,
+        })
+    }
+}
+
+pub(super) enum Act {
+    Done(Outcome),
+    AskAgain,
+}
+
+/// How an object is asked for: by a slice, until the origin says otherwise.
+pub(super) struct Probe {
+    /// The slice asked for.
+    index: u32,
+    /// Its bytes; `None` asks for the whole.
+    range: Option<std::ops::Range<u64>>,
+    slice_bytes: u32,
+    /// Asked for in the place of `range`, once.
+    pub(super) open: Option<OpenRange>,
+    /// Answers that were not what was asked for.
+    lies: u32,
+}
+
+impl Probe {
+    /// Changes of mind beyond the retries: no open range, 416, then no usable
+    /// range, then whole.
+    const TURNS: u32 = 4;
+    /// Wrong answers to a range before the whole is asked for.
+    const LIES_MAX: u32 = 2;
+
+    fn of(engine: &Engine, request: &Request) -> Probe {
+        let slice_bytes = engine.inner.config.slice_bytes;
+        let index = slice_at(request.first_byte, slice_bytes).unwrap_or(0);
+        let range = request
+            .sliced
+            .then(|| slice_range(index, u64::MAX, slice_bytes));
+        Probe {
+            index,
+            range,
+            slice_bytes,
+            open: None,
+            lies: 0,
+        }
+    }
+
+    /// The answer to a HEAD: only what has ranges is asked for by range.
+    fn learn(&mut self, head: &OriginAnswer) {
+        let units = head.headers.get(ACCEPT_RANGES);
+        let has_ranges = units.is_some_and(|units| units.as_bytes() == b"bytes");
+        if self.range.is_none() || head.status != 200 || !has_ranges {
+            (self.range, self.index) = (None, 0);
+        } else if let (Some(range), Some(total)) = (&self.range, head.length)
+            && total <= range.start
+        {
+            self.shrink(Some(total));
+        }
+    }
+
+    /// The answer was not the range that was asked for.
+    pub(super) fn was_lied_to(&mut self) {
+        self.open = None;
+        self.lies += 1;
+        if self.lies >= Probe::LIES_MAX {
+            (self.range, self.index) = (None, 0);
+        }
+    }
+
+    /// The origin has nothing there: go back to the first slice, or to no range.
+    fn shrink(&mut self, total: Option<u64>) {
+        // It may have nothing against the first slice.
+        if self.open.take().is_some() && total != Some(0) {
+            return;
+        }
+        self.range = match total {
+            Some(total) if total > 0 && self.index > 0 => {
+                Some(slice_range(0, u64::MAX, self.slice_bytes))
+            }
+            _ => None,
+        };
+        self.index = 0;
+    }
+
+    fn wanted(&self, confirm: Option<&Arc<Stored>>) -> Wanted {
+        let mut fields = Vec::new();
+        if let Some(OpenRange::Rest(held)) = &self.open
+            && let Some(etag) = held.strong_etag()
+        {
+            fields.push((IF_RANGE, etag.to_owned()));
+        }
+        if let Some(object) = confirm {
+            if let Some(etag) = &object.manifest.version.etag {
+                fields.push((IF_NONE_MATCH, etag.clone()));
+            }
+            if let Some(date) = &object.manifest.version.last_modified {
+                fields.push((IF_MODIFIED_SINCE, date.clone()));
+            }
+        }
+        Wanted {
+            head: false,
+            range: self.range.clone(),
+            open_range: self.open.as_ref().map(OpenRange::value),
+            fields,
+        }
+    }
+}
+
+fn wants_range(request: &Request) -> bool {
+    plan::range_value(&manifest::to_map(&request.origin.headers)).is_some()
+}
+
+/// The errors that `stale-if-error` is for (RFC 5861 section 4).
+fn is_passing_failure(status: u16) -> bool {
+    matches!(status, 500 | 502 | 503 | 504)
+}
+
+/// A failure that says nothing of how long it is meant to last: worth another
+/// try. One with a validator, freshness or `Retry-After` is the origin's answer.
+fn is_bare_failure(answer: &OriginAnswer) -> bool {
+    const MEANT: [&str; 7] = [
+        "cache-control",
+        "cdn-cache-control",
+        "expires",
+        "last-modified",
+        "etag",
+        "retry-after",
+        "set-cookie",
+    ];
+    is_passing_failure(answer.status)
+        && !MEANT.iter().any(|name| answer.headers.contains_key(*name))
+}
+
+/// RFC 9111 section 3.2: the 304's fields replace the stored ones, but for
+/// those that describe the stored bytes.
+pub(super) fn update(stored: &mut HeaderMap, fresh: &HeaderMap) {
+    const KEPT: [&str; 3] = ["content-encoding", "content-range", "content-length"];
+    for name in fresh.keys() {
+        if KEPT.contains(&name.as_str()) {
+            continue;
+        }
+        stored.remove(name);
+        for value in fresh.get_all(name) {
+            stored.append(name.clone(), value.clone());
+        }
+    }
+}
+
+/// One Date, in the form that is to be generated; a recipient with a clock
+/// dates a message without one (RFC 9110 sections 5.6.7 and 6.6.1).
+pub(super) fn write_date(headers: &mut HeaderMap, received_ms: u64) {
+    let stated = headers.get(DATE).and_then(|v| v.to_str().ok());
+    let date = stated
+        .and_then(freshness::http_date)
+        .unwrap_or_else(|| SystemTime::UNIX_EPOCH + Duration::from_millis(received_ms));
+    if let Ok(value) = httpdate::fmt_http_date(date).parse() {
+        headers.insert(DATE, value);
+    }
+}
+
+/// The tags of a response: `Cache-Tag` by commas, `Surrogate-Key` by spaces.
+/// All of them: a purge by any is a promise. A response head bounds their number.
+pub(super) fn tags(headers: &HeaderMap) -> Vec<String> {
+    let mut tags: Vec<String> = Vec::new();
+    for (name, separators) in [("cache-tag", [',', ' ']), ("surrogate-key", [' ', ','])] {
+        for line in headers.get_all(name) {
+            let line = String::from_utf8_lossy(line.as_bytes()).into_owned();
+            tags.extend(
+                line.split(separators)
+                    .filter(|tag| !tag.is_empty())
+                    .map(str::to_owned),
+            );
+        }
+    }
+    tags.sort();
+    tags.dedup();
+    tags
+}

@@ -1,0 +1,704 @@
+//! Objects that the origin gives only as a whole: one body, cut into slices as
+//! it passes, for everybody who reads any of them.
+//!
+//! A body is begun by an answer without ranges, or by a reader of a slice that
+//! can be had no other way. It runs a little ahead of its foremost reader, is
+//! taken up again where it breaks off if a validator says that it is the same,
+//! and lands only in flights that nobody else fills ([`Flight::claim`]).
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use pingora_slice_cluster::slice::{slice_range, touched};
+use pingora_slice_cluster::wire::{OriginRequest, Part};
+use pingora_slice_cluster::{Generation, ObjectKey, SliceId};
+use tokio::sync::watch;
+
+use super::fill::{Retry, if_range, same_version};
+use super::resolve::back_off;
+use super::{Engine, Fill, Request};
+use crate::flight::{FillError, Flight, Source};
+use crate::l1::PAGE_BYTES;
+use crate::manifest::Manifest;
+use crate::origin::{OriginBody, Wanted};
+
+/// Slices that a body may run ahead of its foremost reader.
+const AHEAD: u32 = 8;
+/// The same while memory is short, for a body whose slices are held for readers.
+const AHEAD_WHEN_TIGHT: u32 = 1;
+/// How long a body waits for a reader; then it is read on for the cache.
+const UNREAD_FOR: Duration = Duration::from_secs(5);
+/// Bytes that are read on for the cache while nobody reads: what is larger is
+/// given up, so that an endless body ends.
+const READ_ON_BYTES_MAX: u64 = 256 * 1024 * 1024;
+/// How long a body larger than that waits for its readers to go on.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(120);
+/// Slices held for readers, whatever the memory store thinks of them: the
+/// window ahead, and, of a body that cannot be asked for again, what the
+/// foremost reader has opened.
+const HELD: usize = AHEAD as usize + 8;
+
+/// The bodies under way, by generation.
+#[derive(Default)]
+pub(super) struct Wholes {
+    map: Mutex<HashMap<Generation, Arc<Whole>>>,
+}
+
+/// One body under way. Its slices are flights on the engine's list.
+#[derive(Default)]
+pub(super) struct Whole {
+    state: Mutex<State>,
+    /// The foremost slice that somebody reads.
+    wanted: watch::Sender<u32>,
+}
+
+#[derive(Default)]
+struct State {
+    /// First slice that the body has not reached.
+    next: u32,
+    /// The flight that it lands in now.
+    current: Option<Arc<Flight>>,
+    /// Flights of slices that it has yet to reach.
+    waiting: Vec<Arc<Flight>>,
+    /// Finished flights that stay on the list for readers to come.
+    held: VecDeque<Arc<Flight>>,
+    ended: bool,
+}
+
+/// A body, and where in it we are.
+struct Supply {
+    body: Option<OriginBody>,
+    /// Bytes to pass over: the origin began before the byte that was wanted.
+    skip: u64,
+    pending: Bytes,
+    attempt: u32,
+}
+
+impl Supply {
+    fn of(body: Option<OriginBody>) -> Supply {
+        Supply {
+            body,
+            skip: 0,
+            pending: Bytes::new(),
+            attempt: 0,
+        }
+    }
+}
+
+impl Engine {
+    /// Starts cutting a body that has just begun to arrive.
+    pub(super) fn begin_whole(&self, request: &Request, manifest: &Manifest, body: OriginBody) {
+        let fill = Fill::of(request.key, manifest, &request.origin, 0);
+        let (whole, started) = self.inner.wholes.join(manifest.generation);
+        if !started {
+            // The same version is under way already: one body is enough.
+            return;
+        }
+        // The first slice's flight is there before anybody can ask for it.
+        let first = self.take(&fill, &whole, 0);
+        let (engine, manifest) = (self.clone(), Some(manifest.clone()));
+        self.inner.runtime.spawn(async move {
+            let supply = Supply::of(Some(body));
+            engine.cut(fill, manifest, whole, supply, first).await;
+        });
+    }
+
+    /// Keeps a part of an object that came in one piece.
+    pub(super) fn keep_part(
+        &self,
+        request: &Request,
+        manifest: &Manifest,
+        (start, end): (u64, u64),
+        mut bytes: Bytes,
+    ) {
+        for touched in touched(start..end, manifest.version.slice_bytes) {
+            let fill = Fill::of(request.key, manifest, &request.origin, touched.index);
+            let (flight, _) = self.inner.fills.join(fill.slice, 0..touched.end);
+            let mut slice = bytes.split_to((touched.end - touched.start) as usize);
+            if !flight.claim() {
+                continue;
+            }
+            flight.note_source(Source::Origin);
+            while !slice.is_empty() {
+                flight.land(Part::new(slice.split_to(slice.len().min(PAGE_BYTES))));
+            }
+            self.end_origin_fill(&fill, &flight, Ok(()));
+        }
+    }
+
+    /// The bytes of a part, where all of them are on this node.
+    pub(super) async fn part_bytes(
+        &self,
+        key: ObjectKey,
+        manifest: &Manifest,
+        request: &OriginRequest,
+    ) -> Option<Bytes> {
+        let (start, end) = manifest.part?;
+        let mut bytes = BytesMut::new();
+        for touched in touched(start..end, manifest.version.slice_bytes) {
+            let id = Fill::of(key, manifest, request, touched.index).slice;
+            let slice = match (self.inner.l1.slice(&id), &self.inner.l2) {
+                (Some(slice), _) if slice.is_intact_in(0..slice.len()) => slice,
+                (_, Some(l2)) => l2.slice(id).await?,
+                (_, None) => return None,
+            };
+            let wanted = touched.start as usize..touched.end as usize;
+            bytes.extend_from_slice(slice.bytes().get(wanted)?);
+        }
+        Some(bytes.freeze())
+    }
+
+    /// Fills a slice, and all others, from a body that begins at byte 0;
+    /// `None` asks for it. The flight is the caller's, and handed over.
+    pub(super) async fn fill_by_whole(
+        &self,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+        body: Option<OriginBody>,
+    ) {
+        let (whole, started) = self.inner.wholes.join(fill.slice.generation);
+        let accepted = whole.hand_over(flight);
+        if started {
+            let first = self.take(fill, &whole, 0);
+            let manifest = self.manifest_of(fill).await;
+            let supply = Supply::of(body);
+            self.cut(fill.at(0), manifest, whole, supply, first).await;
+        } else if !accepted && !is_held(fill) {
+            // That body has passed the slice: another one, for all who come now.
+            let whole = self.inner.wholes.begin_anew(fill.slice.generation);
+            whole.hand_over(flight);
+            let first = self.take(fill, &whole, 0);
+            let manifest = self.manifest_of(fill).await;
+            self.cut(fill.at(0), manifest, whole, Supply::of(body), first)
+                .await;
+        } else if !accepted {
+            let before = fill.bytes().start + u64::from(flight.bytes());
+            let arriving = body.map(|body| (body, Some(before)));
+            let result = self.from_origin(fill, flight, arriving).await;
+            self.end_origin_fill(fill, flight, result);
+        }
+    }
+
+    /// The flight that slice `index` lands in; `None` while somebody else fills
+    /// it, or when it is here already.
+    fn take(&self, fill: &Fill, whole: &Whole, index: u32) -> Option<Arc<Flight>> {
+        let id = fill.at(index).slice;
+        let mut state = whole.lock();
+        state.next = index.saturating_add(1);
+        let waiting = state.waiting.iter().position(|f| f.id.index == index);
+        let flight = match waiting {
+            Some(at) => {
+                let flight = state.waiting.swap_remove(at);
+                flight.claim();
+                Some(flight)
+            }
+            None if index > 0 && self.inner.l1.slice(&id).is_some() => None,
+            None => {
+                // Nobody waits for a slice that the body only passes: it is not
+                // worth waiting for memory, unless it cannot be had again.
+                let passed = index < *whole.wanted.borrow() && !is_held(fill);
+                let permit = match passed {
+                    true => self.inner.budget.ahead(fill.version.slice_bytes.into()),
+                    false => None,
+                };
+                if passed && permit.is_none() {
+                    None
+                } else {
+                    let (flight, _) = self.inner.fills.join(id, 0..fill.at(index).end());
+                    if let Some(permit) = permit {
+                        flight.admit(permit);
+                    }
+                    flight.claim().then_some(flight)
+                }
+            }
+        };
+        if let Some(flight) = &flight {
+            flight.note_source(Source::Origin);
+        }
+        state.current = flight.clone();
+        flight
+    }
+
+    async fn cut(
+        &self,
+        fill: Fill,
+        manifest: Option<Manifest>,
+        whole: Arc<Whole>,
+        supply: Supply,
+        first: Option<Arc<Flight>>,
+    ) {
+        self.inner.metrics.subrequests_total.inc();
+        let _guard = CutGuard {
+            engine: self,
+            generation: fill.slice.generation,
+            whole: &whole,
+        };
+        let outcome = self
+            .cut_to_the_end(&fill, manifest.as_ref(), &whole, supply, first)
+            .await;
+        if let Err(error) = &outcome {
+            self.inner.metrics.failed_subrequests_total.inc();
+            tracing::warn!(url = %fill.url(), %error, "a body broke off");
+            if *error != FillError::Changed {
+                self.broke_off(&fill);
+            }
+            match self.manifest_of(&fill).await {
+                _ if *error == FillError::Changed => self.announce_change(&fill),
+                Some(manifest) if fill.version.whole => self.forget_manifest(fill.key, &manifest),
+                _ => {}
+            }
+        }
+        // Past the end of a body that ended well: no bytes, no error.
+        self.end(&whole, outcome);
+        self.let_go_of_stored(&whole).await;
+        whole.until_read(is_held(&fill)).await;
+        self.inner.wholes.forget(fill.slice.generation, &whole);
+        let held = std::mem::take(&mut whole.lock().held);
+        for flight in held {
+            self.inner.fills.remove(&flight);
+        }
+    }
+
+    /// No more slices: those who wait for one are told how the body ended.
+    fn end(&self, whole: &Whole, outcome: Result<(), FillError>) {
+        let left = {
+            let mut state = whole.lock();
+            state.ended = true;
+            let mut left = std::mem::take(&mut state.waiting);
+            left.extend(state.current.take());
+            left
+        };
+        for flight in left {
+            flight.finish(outcome.clone());
+            self.inner.fills.remove(&flight);
+        }
+    }
+
+    /// Cuts until the body ends; its length is noted before its last reader can
+    /// know of the end, so that nobody begins another for what is past it.
+    async fn cut_to_the_end(
+        &self,
+        fill: &Fill,
+        manifest: Option<&Manifest>,
+        whole: &Whole,
+        mut supply: Supply,
+        mut flight: Option<Arc<Flight>>,
+    ) -> Result<(), FillError> {
+        let slice_bytes = fill.version.slice_bytes;
+        let known = fill.version.length;
+        let mut stored = Stored::Kept;
+        let mut at = 0u64;
+        for index in 0.. {
+            if index > 0 {
+                let ahead = match self.inner.budget.is_tight() && is_held(fill) {
+                    true => AHEAD_WHEN_TIGHT,
+                    false => AHEAD,
+                };
+                whole
+                    .until_wanted(index, slice_bytes, ahead, stored)
+                    .await?;
+                flight = self.take(fill, whole, index);
+            }
+            if let Some(flight) = &flight {
+                self.admit(flight, None).await?;
+            }
+            let slice = slice_range(index, known.unwrap_or(u64::MAX), slice_bytes);
+            while at < slice.end {
+                let Some(bytes) = self.supply(fill, &mut supply, at, slice.end - at).await? else {
+                    if let (Stored::Kept, None, Some(manifest)) = (stored, known, manifest)
+                        && self.is_current(fill).await
+                    {
+                        let mut manifest = manifest.clone();
+                        manifest.version.length = Some(at);
+                        self.keep(fill.key, manifest);
+                    }
+                    self.finish_slice(fill, whole, flight, stored);
+                    return Ok(());
+                };
+                let end = at + bytes.len() as u64;
+                if known.is_none() && self.is_too_large(end) && stored == Stored::Kept {
+                    // It passes without a trace: for those who read it now.
+                    stored = Stored::Passing;
+                    self.mark_uncacheable(fill.key);
+                    if let Some(manifest) = self.manifest_of(fill).await {
+                        self.forget_manifest(fill.key, &manifest);
+                    }
+                }
+                if let Some(flight) = &flight {
+                    // A flight that was handed over may have bytes already.
+                    let landed = slice.start + u64::from(flight.bytes());
+                    if end > landed {
+                        let mut fresh = bytes;
+                        fresh.advance(landed.saturating_sub(at) as usize);
+                        flight.land(Part::new(fresh));
+                    }
+                }
+                at = end;
+            }
+            self.finish_slice(fill, whole, flight.take(), stored);
+            if known == Some(at) {
+                // Reads the framing's end, so that the connection can be used again.
+                if let Some(body) = &mut supply.body {
+                    let _ = body.next().await;
+                }
+                return Ok(());
+            }
+        }
+        Err(failed("more slices than can be counted"))
+    }
+
+    /// The next bytes of the body from `at` on, at most `room`; `None` at its end.
+    async fn supply(
+        &self,
+        fill: &Fill,
+        supply: &mut Supply,
+        at: u64,
+        room: u64,
+    ) -> Result<Option<Bytes>, FillError> {
+        loop {
+            if !supply.pending.is_empty() {
+                let most = room.min(PAGE_BYTES as u64) as usize;
+                let bytes = supply.pending.split_to(supply.pending.len().min(most));
+                return Ok(Some(bytes));
+            }
+            let error = match &mut supply.body {
+                None => match self.ask_whole(fill, at).await {
+                    Ok((body, skip)) => {
+                        (supply.body, supply.skip) = (Some(body), skip);
+                        continue;
+                    }
+                    Err(Retry::Yes(error)) => error,
+                    Err(Retry::No(error)) => return Err(error),
+                    Err(Retry::Whole(_) | Retry::OtherTag(_)) => return Err(FillError::Changed),
+                },
+                Some(body) => match body.next().await {
+                    Ok(Some(mut bytes)) => {
+                        let skipped = supply.skip.min(bytes.len() as u64);
+                        bytes.advance(skipped as usize);
+                        supply.skip -= skipped;
+                        supply.pending = bytes;
+                        continue;
+                    }
+                    Ok(None) if fill.version.length.is_none_or(|length| length == at) => {
+                        return Ok(None);
+                    }
+                    Ok(None) => failed("the body ended early"),
+                    Err(error) => FillError::Failed {
+                        status: error.status(),
+                        reason: error.to_string(),
+                    },
+                },
+            };
+            supply.body = None;
+            if supply.attempt == self.inner.config.max_retries {
+                return Err(error);
+            }
+            supply.attempt += 1;
+            self.inner.metrics.retried_subrequests_total.inc();
+            tokio::time::sleep(back_off(supply.attempt)).await;
+        }
+    }
+
+    /// The body of the same version, from byte `at` on; how many bytes to pass over.
+    async fn ask_whole(&self, fill: &Fill, at: u64) -> Result<(OriginBody, u64), Retry> {
+        let range = fill.version.length.filter(|_| at > 0).map(|end| at..end);
+        let wanted = Wanted {
+            head: false,
+            fields: range
+                .as_ref()
+                .map(|_| if_range(&fill.version))
+                .unwrap_or_default(),
+            range,
+            open_range: None,
+        };
+        let answer = self.inner.origin.get(&fill.request, &wanted).await?;
+        if let (206, Some(range)) = (answer.status, &wanted.range) {
+            self.judge_slice_answer(fill, range, &answer, false)?;
+            return Ok((answer.body, 0));
+        }
+        let status = self.manifest_of(fill).await.map_or(200, |m| m.status);
+        let same = answer.status == status
+            && same_version(&fill.version, &answer)
+            && answer.length == fill.version.length;
+        if same {
+            Ok((answer.body, at))
+        } else if matches!(answer.status, 429 | 500..) && status < 400 {
+            Err(Retry::Yes(failed("the origin fails")))
+        } else {
+            Err(Retry::No(FillError::Changed))
+        }
+    }
+
+    fn is_too_large(&self, bytes: u64) -> bool {
+        let max = self.inner.config.max_object_bytes;
+        max.is_some_and(|max| bytes > max)
+    }
+
+    fn finish_slice(
+        &self,
+        fill: &Fill,
+        whole: &Whole,
+        flight: Option<Arc<Flight>>,
+        stored: Stored,
+    ) {
+        let Some(flight) = flight else { return };
+        let fill = fill.at(flight.id.index);
+        flight.finish(Ok(()));
+        match stored {
+            Stored::Kept => self.land(&fill, &flight),
+            Stored::Passing => self.land_in_memory(&fill, &flight),
+        }
+        let mut state = whole.lock();
+        state.current = None;
+        state.held.push_back(flight);
+        // The foremost reader may still be on its way to what it has opened.
+        let opened = self.inner.config.max_concurrent_subrequests as u32;
+        let read = whole.wanted.borrow().saturating_sub(opened);
+        let for_one_reader = !is_held(&fill) || self.inner.budget.is_tight();
+        while state.held.len() > HELD
+            || (for_one_reader && state.held.front().is_some_and(|f| f.id.index < read))
+        {
+            if let Some(flight) = state.held.pop_front() {
+                self.inner.fills.remove(&flight);
+            }
+        }
+    }
+
+    /// What lies on the disk need not be held.
+    async fn let_go_of_stored(&self, whole: &Whole) {
+        let Some(l2) = &self.inner.l2 else { return };
+        let held: Vec<_> = whole.lock().held.iter().cloned().collect();
+        for flight in held {
+            if l2.slice_range(flight.id, 0, 1).await.is_some() {
+                whole.lock().held.retain(|h| !Arc::ptr_eq(h, &flight));
+                self.inner.fills.remove(&flight);
+            }
+        }
+    }
+}
+
+/// Whether a body's slices stay on the list for readers close behind: it
+/// cannot be asked for again.
+fn is_held(fill: &Fill) -> bool {
+    if_range(&fill.version).is_empty()
+}
+
+/// Ends a body whose cutting panics, and lets those go who wait for it.
+struct CutGuard<'a> {
+    engine: &'a Engine,
+    generation: Generation,
+    whole: &'a Arc<Whole>,
+}
+
+impl Drop for CutGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.engine
+                .end(self.whole, Err(failed("the fill panicked")));
+            self.engine.inner.wholes.forget(self.generation, self.whole);
+        }
+    }
+}
+
+/// Whether a body's slices are kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stored {
+    Kept,
+    /// Too large: only for those who read it as it passes.
+    Passing,
+}
+
+fn failed(reason: &str) -> FillError {
+    FillError::Failed {
+        status: 502,
+        reason: reason.into(),
+    }
+}
+
+impl Wholes {
+    /// The body of a version under way, if there is one.
+    pub(super) fn get(&self, generation: Generation) -> Option<Arc<Whole>> {
+        let map = self.map.lock().expect("no panic while held");
+        map.get(&generation).cloned()
+    }
+
+    /// A reader has come to this slice.
+    pub(super) fn note(&self, slice: &SliceId) {
+        if let Some(whole) = self.get(slice.generation) {
+            whole.note(slice.index);
+        }
+    }
+
+    /// The body of a version; `true` when the caller must now supply it.
+    fn join(&self, generation: Generation) -> (Arc<Whole>, bool) {
+        let mut map = self.map.lock().expect("no panic while held");
+        if let Some(whole) = map.get(&generation) {
+            return (whole.clone(), false);
+        }
+        let whole = Arc::<Whole>::default();
+        map.insert(generation, whole.clone());
+        (whole, true)
+    }
+
+    /// A body in the place of one that has passed what is wanted; that one goes
+    /// on for who waits for it.
+    fn begin_anew(&self, generation: Generation) -> Arc<Whole> {
+        let mut map = self.map.lock().expect("no panic while held");
+        let whole = Arc::<Whole>::default();
+        map.insert(generation, whole.clone());
+        whole
+    }
+
+    fn forget(&self, generation: Generation, whole: &Arc<Whole>) {
+        let mut map = self.map.lock().expect("no panic while held");
+        if map
+            .get(&generation)
+            .is_some_and(|listed| Arc::ptr_eq(listed, whole))
+        {
+            map.remove(&generation);
+        }
+    }
+}
+
+impl Whole {
+    /// Whether the body will fill this flight, or somebody else does.
+    pub(super) fn want(&self, flight: &Arc<Flight>) -> bool {
+        flight.is_claimed() || self.hand_over(flight)
+    }
+
+    /// Whether the body will fill this flight, which nobody else may then.
+    fn hand_over(&self, flight: &Arc<Flight>) -> bool {
+        {
+            let mut state = self.lock();
+            if state.ended || flight.id.index < state.next {
+                return false;
+            }
+            state.waiting.push(flight.clone());
+        }
+        self.note(flight.id.index);
+        true
+    }
+
+    fn note(&self, index: u32) {
+        self.wanted.send_if_modified(|wanted| {
+            let further = index > *wanted;
+            *wanted = (*wanted).max(index);
+            further
+        });
+    }
+
+    /// Waits while slice `index` is too far ahead of every reader.
+    async fn until_wanted(
+        &self,
+        index: u32,
+        slice_bytes: u32,
+        window: u32,
+        stored: Stored,
+    ) -> Result<(), FillError> {
+        let read_on = match stored {
+            Stored::Kept => u32::try_from(READ_ON_BYTES_MAX / u64::from(slice_bytes)),
+            Stored::Passing => Ok(0),
+        };
+        let read_on = read_on.unwrap_or(u32::MAX);
+        let mut wanted = self.wanted.subscribe();
+        loop {
+            let foremost = *wanted.borrow_and_update();
+            if index <= foremost.saturating_add(window) {
+                return Ok(());
+            }
+            let ahead = index - foremost;
+            let patience = match ahead <= read_on {
+                // Waited once already, and nobody came.
+                true if ahead > window + 1 => return Ok(()),
+                true => UNREAD_FOR,
+                false => GIVEN_UP_AFTER,
+            };
+            if tokio::time::timeout(patience, wanted.changed())
+                .await
+                .is_err()
+            {
+                return match ahead <= read_on {
+                    true => Ok(()),
+                    false => Err(failed("nobody reads this body")),
+                };
+            }
+        }
+    }
+
+    /// Waits until what is held has been read, or nobody reads.
+    async fn until_read(&self, by_all: bool) {
+        let last = self.lock().held.back().map(|flight| flight.id.index);
+        let Some(last) = last else { return };
+        let patience = match by_all {
+            true => GIVEN_UP_AFTER,
+            false => UNREAD_FOR,
+        };
+        let mut wanted = self.wanted.subscribe();
+        while *wanted.borrow_and_update() < last {
+            if tokio::time::timeout(patience, wanted.changed())
+                .await
+                .is_err()
+            {
+                return;
+            }
+        }
+        if by_all {
+            // The foremost reader has come to the last slice; others are close behind.
+            tokio::time::sleep(UNREAD_FOR).await;
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while held")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    const MIB: u32 = 1 << 20;
+
+    /// Cuts slices of a body that does not end, as if they came in no time; how
+    /// many until it is given up, and after how long.
+    async fn until_given_up(whole: &Whole, stored: Stored) -> (u32, Duration) {
+        let began = Instant::now();
+        for index in 0.. {
+            if whole.until_wanted(index, MIB, AHEAD, stored).await.is_err() {
+                return (index, began.elapsed());
+            }
+        }
+        unreachable!("there is no such body")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_endless_body_that_nobody_reads_is_given_up() {
+        let read_on = (READ_ON_BYTES_MAX / u64::from(MIB)) as u32;
+        let (slices, after) = until_given_up(&Whole::default(), Stored::Kept).await;
+        assert_eq!(slices, read_on + 1);
+        assert_eq!(after, UNREAD_FOR + GIVEN_UP_AFTER);
+        // One that is not kept is not read on either.
+        let (slices, after) = until_given_up(&Whole::default(), Stored::Passing).await;
+        assert_eq!((slices, after), (AHEAD + 1, GIVEN_UP_AFTER));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_stays_ahead_of_its_foremost_reader() {
+        let whole = Arc::<Whole>::default();
+        let cutting = tokio::spawn({
+            let whole = whole.clone();
+            async move { until_given_up(&whole, Stored::Passing).await }
+        });
+        // A reader who takes a minute for each slice: slow, but there.
+        for index in 1..=30 {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            assert!(!cutting.is_finished());
+            whole.note(index);
+        }
+        assert_eq!(cutting.await.unwrap().0, 30 + AHEAD + 1);
+    }
+}

@@ -1,0 +1,736 @@
+//! One fill per slice, however many readers; they get its bytes as they land.
+//!
+//! A flight belongs to nobody: whoever started it may leave, the fill goes on
+//! and the slice is kept. Readers wait for news, never in polls. Every part has
+//! the checksum that was taken when it landed, and is checked when it is given
+//! to a reader. A flight holds a permit of the memory budget for as long as it
+//! holds bytes. Not here: where the bytes come from (`engine`).
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::{Bytes, BytesMut};
+use pingora_slice_cluster::SliceId;
+use pingora_slice_cluster::wire::Part;
+use tokio::sync::watch;
+
+use crate::budget::{Budget, Permit};
+use crate::l1::{PAGE_BYTES, Slice};
+
+/// Parts smaller than this are joined: a part costs some 100 bytes beside its own.
+const JOINED_BYTES_MAX: usize = 4096;
+
+/// Why a slice could not be had.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FillError {
+    /// The origin has another version now: plan the request again.
+    #[error("the origin has another version now")]
+    Changed,
+    /// The origin could not be used: the status a client should see.
+    #[error("the origin could not be used ({status}): {reason}")]
+    Failed {
+        /// 502, 503 (no memory for it) or 504.
+        status: u16,
+        /// For the log.
+        reason: String,
+    },
+    /// Bytes changed after they had landed: have them from another source.
+    #[error("bytes were damaged in memory")]
+    Damaged,
+}
+
+/// Where a slice was had from, for the counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// This node's memory.
+    L1,
+    /// A fill that was under way.
+    Flight,
+    /// This node's disk.
+    L2,
+    /// Another node.
+    Peer,
+    /// The origin.
+    Origin,
+}
+
+impl Source {
+    /// The label in the metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Source::L1 => "l1",
+            Source::Flight => "flight",
+            Source::L2 => "l2",
+            Source::Peer => "peer",
+            Source::Origin => "origin",
+        }
+    }
+}
+
+/// One fill of a slice, or of a part of one.
+#[derive(Debug)]
+pub struct Flight {
+    /// The slice.
+    pub id: SliceId,
+    /// What of it is filled, in bytes from its start; an open end (`u32::MAX`)
+    /// where the slice's length is not known yet.
+    pub range: Range<u32>,
+    landed: Mutex<Landed>,
+    news: watch::Sender<()>,
+}
+
+#[derive(Debug, Default)]
+struct Landed {
+    parts: Vec<Part>,
+    bytes: u32,
+    source: Option<Source>,
+    claimed: bool,
+    outcome: Option<Result<(), FillError>>,
+    /// A part was found damaged: no more readers.
+    spoiled: bool,
+    /// The parts are views of one buffer of this length.
+    views_of: Option<usize>,
+    /// For the bytes above.
+    permit: Option<Permit>,
+}
+
+impl Flight {
+    /// A flight that nothing has landed of.
+    pub fn new(id: SliceId, range: Range<u32>) -> Arc<Flight> {
+        Arc::new(Flight {
+            id,
+            range,
+            landed: Mutex::default(),
+            news: watch::Sender::new(()),
+        })
+    }
+
+    /// Takes the right to fill it; only the first caller ever has it.
+    pub fn claim(&self) -> bool {
+        !std::mem::replace(&mut self.landed().claimed, true)
+    }
+
+    /// Whether somebody fills it, or has.
+    pub fn is_claimed(&self) -> bool {
+        let landed = self.landed();
+        landed.claimed || landed.outcome.is_some()
+    }
+
+    /// Adds bytes that follow those that have landed.
+    pub fn land(&self, part: Part) {
+        let mut landed = self.landed();
+        debug_assert!(landed.outcome.is_none(), "nothing lands after the end");
+        landed.bytes += part.bytes.len() as u32;
+        match landed.parts.last_mut() {
+            Some(last) if last.bytes.len() + part.bytes.len() <= JOINED_BYTES_MAX => {
+                *last = joined(last, &part);
+            }
+            _ => landed.parts.push(part),
+        }
+        drop(landed);
+        self.news.send_replace(());
+    }
+
+    /// Adds all parts of a slice that is held in one buffer.
+    pub fn land_views(&self, parts: Vec<Part>, buffer_bytes: usize) {
+        let mut landed = self.landed();
+        landed.views_of = Some(buffer_bytes);
+        landed.bytes += parts
+            .iter()
+            .map(|part| part.bytes.len() as u32)
+            .sum::<u32>();
+        landed.parts.extend(parts);
+        drop(landed);
+        self.news.send_replace(());
+    }
+
+    /// Gives it the right to hold its bytes, unless it has that already.
+    pub fn admit(&self, permit: Permit) {
+        self.landed().permit.get_or_insert(permit);
+        self.news.send_replace(());
+    }
+
+    /// The right to hold its bytes, if it has that.
+    pub fn permit(&self) -> Option<Permit> {
+        self.landed().permit.clone()
+    }
+
+    /// Waits until somebody has given it the right to hold bytes.
+    pub async fn until_admitted(&self) {
+        let mut news = self.news.subscribe();
+        // The flight is held, so its sender is there.
+        while !self.is_admitted() && news.changed().await.is_ok() {}
+    }
+
+    /// Whether it has the right to hold bytes.
+    pub fn is_admitted(&self) -> bool {
+        self.landed().permit.is_some()
+    }
+
+    /// Notes where the bytes come from.
+    pub fn note_source(&self, source: Source) {
+        self.landed().source = Some(source);
+    }
+
+    /// Where the bytes came from, once known.
+    pub fn source(&self) -> Option<Source> {
+        self.landed().source
+    }
+
+    /// Ends the flight.
+    pub fn finish(&self, outcome: Result<(), FillError>) {
+        self.landed().outcome.get_or_insert(outcome);
+        self.news.send_replace(());
+    }
+
+    /// Bytes landed so far, counted from the start of `range`.
+    pub fn bytes(&self) -> u32 {
+        self.landed().bytes
+    }
+
+    /// How it ended, if it has.
+    pub fn outcome(&self) -> Option<Result<(), FillError>> {
+        self.landed().outcome.clone()
+    }
+
+    fn has_failed(&self) -> bool {
+        let landed = self.landed();
+        landed.spoiled || matches!(landed.outcome, Some(Err(_)))
+    }
+
+    /// Everything that landed as one slice: the checksums are those of the
+    /// parts' bytes as they arrived. `None` when a part was damaged since.
+    pub fn gather(&self) -> Option<Slice> {
+        let parts = self.landed().parts.clone();
+        let total = parts.iter().map(|p| p.bytes.len()).sum();
+        let mut bytes = BytesMut::with_capacity(total);
+        for part in &parts {
+            if !part.is_intact() {
+                return None;
+            }
+            bytes.extend_from_slice(&part.bytes);
+        }
+        Some(Slice::new(bytes.freeze()))
+    }
+
+    /// A reader of the bytes of `range` (from the slice's start), within the flight's own.
+    pub fn read(self: &Arc<Self>, range: Range<u32>) -> FlightReader {
+        let news = self.news.subscribe();
+        FlightReader {
+            flight: self.clone(),
+            news,
+            at: range.start.max(self.range.start),
+            end: range.end,
+            part: 0,
+            part_start: self.range.start,
+        }
+    }
+
+    fn landed(&self) -> MutexGuard<'_, Landed> {
+        self.landed.lock().expect("no panic while held")
+    }
+}
+
+/// Two parts as one, with the checksum that the bytes had when they landed.
+fn joined(first: &Part, second: &Part) -> Part {
+    let mut bytes = BytesMut::with_capacity(first.bytes.len() + second.bytes.len());
+    bytes.extend_from_slice(&first.bytes);
+    bytes.extend_from_slice(&second.bytes);
+    Part {
+        bytes: bytes.freeze(),
+        crc32c: crc32c::crc32c_combine(first.crc32c, second.crc32c, second.bytes.len()),
+    }
+}
+
+/// Follows one flight.
+pub struct FlightReader {
+    flight: Arc<Flight>,
+    news: watch::Receiver<()>,
+    /// The slice's bytes that are still wanted.
+    at: u32,
+    end: u32,
+    /// Part to look at, and the slice's byte that it starts with. The last part
+    /// may still grow.
+    part: usize,
+    part_start: u32,
+}
+
+impl FlightReader {
+    /// The next bytes, as soon as they land; `None` when all that was wanted,
+    /// or all there is, has been given.
+    pub async fn next(&mut self) -> Option<Result<Part, FillError>> {
+        loop {
+            self.news.mark_unchanged();
+            match self.step() {
+                Step::Give(part, cut) => return Some(self.checked(part, cut)),
+                Step::End => return None,
+                Step::Broken(error) => return Some(Err(error)),
+                Step::Wait => {}
+            }
+            // The flight is held, so its sender is there.
+            let _ = self.news.changed().await;
+        }
+    }
+
+    /// The flight that is followed.
+    pub fn flight(&self) -> &Arc<Flight> {
+        &self.flight
+    }
+
+    /// The bytes `cut` of a part, if they are those that landed.
+    fn checked(&self, part: Part, cut: Range<usize>) -> Result<Part, FillError> {
+        if !part.is_intact() {
+            self.flight.landed().spoiled = true;
+            return Err(FillError::Damaged);
+        }
+        if cut.len() == part.bytes.len() {
+            return Ok(part);
+        }
+        Ok(Part::new(part.bytes.slice(cut)))
+    }
+
+    fn step(&mut self) -> Step {
+        let landed = self.flight.landed();
+        while self.at < self.end
+            && let Some(part) = landed.parts.get(self.part)
+        {
+            let start = self.part_start;
+            let end = start + part.bytes.len() as u32;
+            if self.at >= end {
+                if self.part + 1 == landed.parts.len() {
+                    break;
+                }
+                (self.part, self.part_start) = (self.part + 1, end);
+                continue;
+            }
+            let cut = (self.at - start) as usize..(self.end.min(end) - start) as usize;
+            self.at = self.end.min(end);
+            return Step::Give(part.clone(), cut);
+        }
+        if self.at >= self.end {
+            return Step::End;
+        }
+        match &landed.outcome {
+            None => Step::Wait,
+            Some(Ok(())) => Step::End,
+            Some(Err(error)) => Step::Broken(error.clone()),
+        }
+    }
+}
+
+enum Step {
+    Give(Part, Range<usize>),
+    End,
+    Broken(FillError),
+    Wait,
+}
+
+/// The flights under way, by slice.
+#[derive(Debug, Default)]
+pub struct Flights {
+    map: Mutex<HashMap<SliceId, Arc<Flight>>>,
+}
+
+impl Flights {
+    /// The flight of `id`, if one is under way; one that has failed is not.
+    pub fn get(&self, id: &SliceId) -> Option<Arc<Flight>> {
+        let map = self.map.lock().expect("no panic while held");
+        map.get(id).filter(|flight| !flight.has_failed()).cloned()
+    }
+
+    /// The flight of `id`; `true` when it was started by this call, which must
+    /// then fill it, finish it and [`Flights::remove`] it.
+    pub fn join(&self, id: SliceId, range: Range<u32>) -> (Arc<Flight>, bool) {
+        match self.map.lock().expect("no panic while held").entry(id) {
+            Entry::Occupied(mut entry) if entry.get().has_failed() => {
+                let flight = Flight::new(id, range);
+                entry.insert(flight.clone());
+                (flight, true)
+            }
+            Entry::Occupied(entry) => (entry.get().clone(), false),
+            Entry::Vacant(entry) => (entry.insert(Flight::new(id, range)).clone(), true),
+        }
+    }
+
+    /// Takes a finished flight off the list.
+    pub fn remove(&self, flight: &Arc<Flight>) {
+        let mut map = self.map.lock().expect("no panic while held");
+        if map
+            .get(&flight.id)
+            .is_some_and(|listed| Arc::ptr_eq(listed, flight))
+        {
+            map.remove(&flight.id);
+        }
+    }
+
+    /// While this is held by whoever fills a flight, its readers are let go if
+    /// the filling panics.
+    pub fn guard(self: &Arc<Self>, flight: &Arc<Flight>) -> PanicGuard {
+        PanicGuard {
+            flights: self.clone(),
+            flight: flight.clone(),
+        }
+    }
+
+    /// Number of flights under way.
+    pub fn len(&self) -> usize {
+        self.map.lock().expect("no panic while held").len()
+    }
+
+    /// Whether none is under way.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// See [`Flights::guard`].
+pub struct PanicGuard {
+    flights: Arc<Flights>,
+    flight: Arc<Flight>,
+}
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.flight.finish(Err(FillError::Failed {
+                status: 502,
+                reason: "the fill panicked".into(),
+            }));
+            self.flights.remove(&self.flight);
+        }
+    }
+}
+
+/// One slice being read by one response.
+pub enum SliceReader {
+    /// It was in memory.
+    Stored {
+        /// The bytes wanted, or the first of them.
+        bytes: Bytes,
+        /// For the slice that they are a part of, should it leave the store;
+        /// `None`: they are a copy, or small.
+        pin: Option<Permit>,
+        /// There was no room to hold all of them: what follows is to be opened anew.
+        more: bool,
+    },
+    /// It is landing.
+    Flight {
+        /// Its reader.
+        reader: FlightReader,
+        /// Whether somebody else had started it.
+        joined: bool,
+        /// Where permits come from.
+        budget: Budget,
+        /// For the buffer that the flight's parts are views of.
+        pin: Option<Permit>,
+    },
+}
+
+impl SliceReader {
+    /// The next bytes, at most a page, or `None` at the end. What they hold
+    /// beyond themselves is covered by [`SliceReader::pin`]; nothing if they
+    /// are to be copied.
+    pub async fn next(&mut self, copied: bool) -> Option<Result<Bytes, FillError>> {
+        match self {
+            SliceReader::Stored { bytes, .. } if bytes.is_empty() => None,
+            SliceReader::Stored { bytes, .. } => {
+                let piece = bytes.split_to(bytes.len().min(PAGE_BYTES));
+                Some(Ok(if copied { copy_of(&piece) } else { piece }))
+            }
+            SliceReader::Flight {
+                reader,
+                budget,
+                pin,
+                ..
+            } => {
+                let part = match reader.next().await? {
+                    Ok(part) => part,
+                    Err(error) => return Some(Err(error)),
+                };
+                let views_of = reader.flight().landed().views_of;
+                let Some(buffer) = views_of.filter(|bytes| *bytes > PAGE_BYTES) else {
+                    return Some(Ok(part.bytes));
+                };
+                if !copied && pin.is_none() {
+                    *pin = budget.ahead(buffer as u64);
+                }
+                let shared = !copied && pin.is_some();
+                Some(Ok(if shared {
+                    part.bytes
+                } else {
+                    copy_of(&part.bytes)
+                }))
+            }
+        }
+    }
+
+    /// The permit for what the last bytes given hold beyond themselves.
+    pub fn pin(&self) -> Option<Permit> {
+        match self {
+            SliceReader::Stored { pin, .. } | SliceReader::Flight { pin, .. } => pin.clone(),
+        }
+    }
+
+    /// Whether what follows is to be opened anew.
+    pub fn has_more(&self) -> bool {
+        matches!(self, SliceReader::Stored { more: true, .. })
+    }
+
+    /// Whether somebody else had started the flight that is read.
+    pub fn is_joined(&self) -> bool {
+        matches!(self, SliceReader::Flight { joined: true, .. })
+    }
+
+    /// Where the bytes came from, for the counters.
+    pub fn source(&self) -> Source {
+        match self {
+            SliceReader::Stored { .. } => Source::L1,
+            SliceReader::Flight { joined: true, .. } => Source::Flight,
+            SliceReader::Flight { reader, .. } => {
+                reader.flight().source().unwrap_or(Source::Origin)
+            }
+        }
+    }
+}
+
+fn copy_of(bytes: &Bytes) -> Bytes {
+    Bytes::copy_from_slice(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use pingora_slice_cluster::Generation;
+
+    use super::*;
+    use crate::budget::Sum;
+
+    fn id() -> SliceId {
+        SliceId {
+            generation: Generation(1),
+            index: 0,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reader_gets_its_range_however_the_parts_fall() {
+        let whole: Vec<u8> = (0..20).collect();
+        for cut in 1..20 {
+            for start in 0..20u32 {
+                for end in start..=20 {
+                    let flight = Flight::new(id(), 0..20);
+                    for part in whole.chunks(cut) {
+                        flight.land(Part::new(Bytes::copy_from_slice(part)));
+                    }
+                    flight.finish(Ok(()));
+                    let mut reader = flight.read(start..end);
+                    let mut read = Vec::new();
+                    while let Some(part) = reader.next().await {
+                        read.extend_from_slice(&part.unwrap().bytes);
+                    }
+                    assert_eq!(read, whole[start as usize..end as usize]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_filler_and_no_reader_of_a_flight_that_failed() {
+        let flights = Flights::default();
+        let (flight, started) = flights.join(id(), 0..10);
+        assert!(started && flight.claim() && !flight.claim());
+        assert!(flights.get(&id()).is_some());
+        flight.finish(Err(FillError::Changed));
+        assert!(flights.get(&id()).is_none());
+        let (next, started) = flights.join(id(), 0..10);
+        assert!(started && !next.is_claimed());
+        // The end of the first takes nothing from the second.
+        flights.remove(&flight);
+        assert!(flights.get(&id()).is_some());
+    }
+
+    #[tokio::test]
+    async fn followers_read_while_it_lands_and_see_how_it_ends() {
+        let flight = Flight::new(id(), 0..10);
+        let mut reader = flight.read(0..10);
+        let follower = tokio::spawn(async move {
+            let first = reader.next().await.unwrap().unwrap().bytes;
+            let second = reader.next().await.unwrap();
+            (first, second)
+        });
+        flight.land(Part::new(Bytes::from_static(b"abc")));
+        tokio::task::yield_now().await;
+        flight.finish(Err(FillError::Changed));
+        let (first, second) = follower.await.unwrap();
+        assert_eq!(&first[..], b"abc");
+        assert_eq!(second, Err(FillError::Changed));
+    }
+
+    fn unlimited() -> Budget {
+        Budget::new(Sum {
+            fixed: 0,
+            queue: 0,
+            l1: 0,
+            connections: 0,
+            transfers: 1 << 30,
+        })
+    }
+
+    fn reader(flights: &Flights, range: Range<u32>, budget: Budget) -> SliceReader {
+        SliceReader::Flight {
+            reader: flights.get(&id()).unwrap().read(range),
+            joined: false,
+            budget,
+            pin: None,
+        }
+    }
+
+    /// Promise P5: a bit that flips after a part has landed reaches nobody.
+    #[tokio::test]
+    async fn a_flipped_bit_is_found_before_the_socket() {
+        const PART: usize = 5000;
+        let whole: Vec<u8> = (0..4 * PART).map(|n| n as u8).collect();
+        // The last ones are joined: they are small.
+        let cuts = [
+            0,
+            PART,
+            2 * PART,
+            3 * PART,
+            3 * PART + 700,
+            3 * PART + 1500,
+            4 * PART,
+        ];
+        for flipped in [
+            0,
+            PART - 1,
+            PART,
+            3 * PART + 1,
+            3 * PART + 800,
+            4 * PART - 1,
+        ] {
+            for bit in [0, 3, 7] {
+                for wanted in [0..4 * PART as u32, flipped as u32..flipped as u32 + 1] {
+                    let flights = Flights::default();
+                    let (flight, _) = flights.join(id(), 0..4 * PART as u32);
+                    for cut in cuts.windows(2) {
+                        let mut bytes = whole[cut[0]..cut[1]].to_vec();
+                        let crc32c = crc32c::crc32c(&bytes);
+                        if (cut[0]..cut[1]).contains(&flipped) {
+                            bytes[flipped - cut[0]] ^= 1 << bit;
+                        }
+                        let bytes = bytes.into();
+                        flight.land(Part { bytes, crc32c });
+                    }
+                    let mut reader = reader(&flights, wanted.clone(), unlimited());
+                    let mut at = wanted.start as usize;
+                    let end = loop {
+                        match reader.next(false).await {
+                            Some(Ok(bytes)) => {
+                                assert_eq!(bytes, whole[at..at + bytes.len()]);
+                                at += bytes.len();
+                            }
+                            end => break end,
+                        }
+                    };
+                    assert_eq!(end, Some(Err(FillError::Damaged)));
+                    assert!(at <= flipped);
+                    assert!(flight.gather().is_none(), "it is not kept either");
+                    assert!(flights.get(&id()).is_none(), "nor read by others");
+                    assert!(flights.join(id(), 0..1).1, "the next has it from elsewhere");
+                }
+            }
+        }
+    }
+
+    /// An origin that drips bytes does not cost a part for each of them.
+    #[tokio::test]
+    async fn small_parts_are_joined_under_their_readers() {
+        let flight = Flight::new(id(), 0..10_000);
+        let mut early = flight.read(0..10_000);
+        let mut late = flight.read(17..9_000);
+        let mut read = (Vec::new(), Vec::new());
+        for n in 0..10_000u32 {
+            flight.land(Part::new(Bytes::copy_from_slice(&[n as u8])));
+            read.0
+                .extend_from_slice(&early.next().await.unwrap().unwrap().bytes);
+            if (17..9_000).contains(&n) && n % 777 == 0 {
+                read.1
+                    .extend_from_slice(&late.next().await.unwrap().unwrap().bytes);
+            }
+        }
+        flight.finish(Ok(()));
+        while let Some(part) = late.next().await {
+            read.1.extend_from_slice(&part.unwrap().bytes);
+        }
+        assert!(early.next().await.is_none());
+        let whole: Vec<u8> = (0..10_000u32).map(|n| n as u8).collect();
+        assert!(read.0 == whole && read.1 == whole[17..9_000]);
+        let parts = flight.landed().parts.len();
+        assert!(parts <= 2 * 10_000 / JOINED_BYTES_MAX + 1, "{parts} parts");
+        assert_eq!(&flight.gather().unwrap().bytes()[..], whole);
+    }
+
+    #[tokio::test]
+    async fn a_fill_that_panics_lets_its_readers_go() {
+        let flights = Arc::new(Flights::default());
+        let (flight, _) = flights.join(id(), 0..10);
+        let mut reader = flight.read(0..10);
+        flight.land(Part::new(Bytes::from_static(b"abc")));
+        let guard = flights.guard(&flight);
+        let filling = tokio::spawn(async move {
+            let _guard = guard;
+            panic!("a fault in the fill, on purpose");
+        });
+        assert!(filling.await.unwrap_err().is_panic());
+        assert!(reader.next().await.unwrap().is_ok());
+        assert!(matches!(
+            reader.next().await,
+            Some(Err(FillError::Failed { status: 502, .. }))
+        ));
+        assert!(flights.is_empty());
+        // One that ends as it should, or is handed over, is left alone.
+        let (flight, _) = flights.join(id(), 0..10);
+        drop(flights.guard(&flight));
+        assert!(flight.outcome().is_none() && !flights.is_empty());
+    }
+
+    /// What a client holds of a large buffer has a permit, or is a copy.
+    #[tokio::test]
+    async fn views_of_a_buffer_are_permitted_or_copied() {
+        let bytes = Bytes::from(vec![7; 4 * PAGE_BYTES]);
+        let slice = Slice::new(bytes.clone());
+        let flights = Flights::default();
+        let (flight, _) = flights.join(id(), 0..bytes.len() as u32);
+        flight.land_views(slice.parts(0..slice.len()).unwrap(), slice.len());
+        let is_view = |piece: &Bytes| bytes.as_ptr_range().contains(&piece.as_ptr());
+        let all = 0..bytes.len() as u32;
+
+        let budget = unlimited();
+        let mut rich = reader(&flights, all.clone(), budget.clone());
+        let piece = rich.next(false).await.unwrap().unwrap();
+        assert!(is_view(&piece) && rich.pin().is_some());
+        assert!(budget.taken().1 >= bytes.len() as u64);
+        let pin = rich.pin();
+        drop(rich);
+        assert!(
+            budget.taken().1 > 0,
+            "while the piece is in somebody's hands"
+        );
+        drop(pin);
+        assert_eq!(budget.taken().1, 0);
+
+        let spent = Budget::new(Sum {
+            transfers: 1,
+            ..*budget.sum()
+        });
+        for (mut reader, copied) in [
+            (reader(&flights, all.clone(), spent), false),
+            (reader(&flights, all, budget), true),
+        ] {
+            let piece = reader.next(copied).await.unwrap().unwrap();
+            assert!(!is_view(&piece) && reader.pin().is_none());
+            assert_eq!(piece, bytes[..PAGE_BYTES]);
+        }
+    }
+}

@@ -1,0 +1,1008 @@
+//! Pingora server and session ↔ engine: one client request, from its head to
+//! the last byte of its answer.
+//!
+//! GET and HEAD are answered from the engine; everything else, and whatever
+//! may not be shared, is proxied by Pingora untouched. Counting happens here,
+//! once per response.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::Method;
+use http::header::{self, HeaderName, HeaderValue};
+use pingora_core::protocols::http::{HttpTask, ServerSession};
+use pingora_core::upstreams::peer::HttpPeer;
+use pingora_core::{Error, ErrorType, Result};
+use pingora_http::{RequestHeader, ResponseHeader};
+use pingora_proxy::{ProxyHttp, Session};
+use pingora_slice_cluster::Generation;
+use pingora_slice_cluster::wire::{OriginRequest, Resolution};
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use crate::budget::Permit;
+use crate::connection;
+use crate::dated;
+use crate::engine::{Engine, Forwarded, Found, Relay, Request, Resolved};
+use crate::flight::FillError;
+use crate::freshness::{Demands, unix_ms};
+use crate::manifest::{Manifest, Url};
+use crate::metrics::Metrics;
+use crate::origin::is_coded;
+use crate::pace::Pace;
+use crate::pieces::{Piece, Pieces};
+use crate::plan::{self, Plan};
+use crate::purge::{Naming, Purger};
+
+/// Our name in `Via` and `Cache-Status`.
+const NAME: &str = "pingora-slice";
+/// A client that has taken nothing for so long keeps nothing waiting for it.
+const STALLED_AFTER: Duration = Duration::from_secs(1);
+/// Times a request is planned anew because the origin changed under it.
+const PLANS_MAX: usize = 3;
+/// Request fields that are not sent on: they belong to the client's
+/// connection, are replaced by ours, or could choose an answer without being
+/// part of its key.
+const NOT_SENT_ON: &[&str] = &[
+    "host",
+    "if-range",
+    "if-match",
+    "if-none-match",
+    "if-modified-since",
+    "if-unmodified-since",
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "proxy-authorization",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "content-length",
+    "expect",
+    "forwarded",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-forwarded-scheme",
+    "x-forwarded-port",
+    "x-forwarded-prefix",
+    "x-forwarded-server",
+    "x-forwarded-ssl",
+    "x-forwarded-path",
+    "x-forwarded-uri",
+    "x-original-host",
+    "x-original-uri",
+    "x-proxy-host",
+    "x-url-scheme",
+    "front-end-https",
+    "x-original-url",
+    "x-rewrite-url",
+    "x-host",
+    "x-http-method-override",
+    "x-http-method",
+    "x-method-override",
+    "x-purge-token",
+];
+
+/// The proxy application. Cheap to clone.
+#[derive(Clone)]
+pub struct Front {
+    engine: Engine,
+    purger: Arc<Purger>,
+    naming: Naming,
+    metrics: Arc<Metrics>,
+    under_way: TaskTracker,
+}
+
+/// What one request carries along.
+pub struct Context {
+    started: Instant,
+    /// Why Pingora proxies it, where it does.
+    passed: Option<&'static str>,
+    /// It is over and counted.
+    counted: bool,
+    /// The object that an unsafe method may change.
+    invalidates: Option<Url>,
+    /// For the buffers of a proxied answer.
+    _passing: Option<Permit>,
+    /// Until the answer is out, the node does not stop.
+    _under_way: TaskTrackerToken,
+}
+
+impl Front {
+    /// A front over an engine; `under_way` tracks the requests being answered.
+    pub fn new(
+        engine: Engine,
+        purger: Arc<Purger>,
+        naming: Naming,
+        metrics: Arc<Metrics>,
+        under_way: TaskTracker,
+    ) -> Front {
+        Front {
+            engine,
+            purger,
+            naming,
+            metrics,
+            under_way,
+        }
+    }
+
+    /// This cluster's name in CDN-Loop (RFC 8586), and nobody else's.
+    fn loop_id(&self) -> Option<String> {
+        let key = self.engine.cluster().view().hash_key?;
+        Some(format!("{NAME}-{:016x}", key.hash64(34, &[b"cdn-loop"])))
+    }
+
+    /// Reads a request; an error is the status to refuse it with, `Ok(None)`
+    /// the reason to pass it.
+    fn request(
+        &self,
+        head: &RequestHeader,
+    ) -> std::result::Result<std::result::Result<Request, &'static str>, u16> {
+        let (host, target) = self.naming.host_and_target(head).ok_or(400u16)?;
+        let loop_id = self.loop_id();
+        let seen = |id: &str| {
+            head.headers
+                .get_all("cdn-loop")
+                .iter()
+                .filter_map(|v| v.to_str().ok())
+                .any(|list| {
+                    list.split(',')
+                        .any(|cdn| cdn.split(';').next().is_some_and(|name| name.trim() == id))
+                })
+        };
+        if loop_id.as_deref().is_some_and(seen) {
+            return Err(508);
+        }
+        let Some(hash_key) = self.engine.cluster().view().hash_key else {
+            return Ok(Err("not-ready"));
+        };
+        if !self.engine.config().enable_cache {
+            return Ok(Err("disabled"));
+        }
+        if head.headers.contains_key(header::UPGRADE) {
+            return Ok(Err("upgrade"));
+        }
+        let has_body = head.headers.contains_key(header::TRANSFER_ENCODING)
+            || head
+                .headers
+                .get(header::CONTENT_LENGTH)
+                .is_some_and(|v| v.as_bytes() != b"0");
+        if has_body {
+            return Ok(Err("request-body"));
+        }
+        let demands = Demands::of(
+            &head.headers,
+            &self.engine.config().caching.request_directives,
+        );
+        if demands.no_store {
+            return Ok(Err("request-no-store"));
+        }
+        let path = target.split('?').next().unwrap_or(&target);
+        let patterns = &self.engine.config().slice_patterns;
+        let sliced = patterns.is_empty() || patterns.iter().any(|pattern| pattern.is_match(path));
+        Ok(Ok(Request {
+            key: hash_key.object(&host, &target),
+            origin: OriginRequest {
+                host: host.clone(),
+                target: target.clone(),
+                headers: sent_on(head, loop_id.as_deref()),
+            },
+            url: Url { host, target },
+            demands,
+            first_byte: match head.method {
+                Method::GET => plan::first_byte(&head.headers),
+                // Range is for GET alone (RFC 9110 section 14.2).
+                _ => 0,
+            },
+            sliced,
+        }))
+    }
+
+    /// Answers from the engine; false: let Pingora proxy it.
+    async fn serve(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        let head = session.req_header();
+        let request = match self.request(head) {
+            Err(status) => {
+                self.refuse(session, ctx, status, "malformed").await?;
+                return Ok(true);
+            }
+            Ok(Err(why)) => {
+                ctx.passed = Some(why);
+                return Ok(false);
+            }
+            Ok(Ok(request)) => request,
+        };
+        let is_get = head.method == Method::GET;
+        let conditions = head.headers.clone();
+
+        let total = self.engine.config().client_timeouts.total;
+        let total = total.map(|total| tokio::time::Instant::now() + total);
+        let mut gone: Option<Generation> = None;
+        for _ in 0..PLANS_MAX {
+            match self.engine.resolve(&request, gone).await {
+                Resolved::Pass(why) => {
+                    ctx.passed = Some(why);
+                    return Ok(false);
+                }
+                Resolved::Failed { status, reason } => {
+                    self.refuse(session, ctx, status, reason).await?;
+                    return Ok(true);
+                }
+                Resolved::Relay(relay)
+                    if relay.status == 200 && plan::has_conditions(&conditions) =>
+                {
+                    // It was asked for without them, to be kept: the origin judges.
+                    ctx.passed = Some("uncacheable");
+                    return Ok(false);
+                }
+                Resolved::Relay(relay) => {
+                    if self.has_no_room_to_pass(session, ctx).await? {
+                        return Ok(true);
+                    }
+                    self.relay(session, ctx, is_get, &request, *relay).await?;
+                    return Ok(true);
+                }
+                Resolved::Object(found) => {
+                    let plan = plan::plan(is_get, &conditions, &found.object.manifest);
+                    let answered = tokio::select! {
+                        biased;
+                        () = self.engine.hard_purged(&found.object) => None,
+                        () = until_total(total) => {
+                            self.metrics.clients_too_slow_total.inc();
+                            return Error::e_explain(ErrorType::WriteTimedout, "client_timeouts.total")
+                                .map_err(|e| e.into_down());
+                        }
+                        answered = self.answer(session, ctx, is_get, &request, &found, plan) => Some(answered?),
+                    };
+                    match answered {
+                        // The header is out: what the client has is not to be had any more.
+                        None if session.response_written().is_some() => {
+                            tracing::info!(url = %request.url, "answer cut by a hard purge");
+                            return Error::e_explain(ErrorType::ConnectionClosed, "purged");
+                        }
+                        None => gone = Some(found.object.manifest.generation),
+                        Some(answered) => match answered {
+                            Answered::Done => return Ok(true),
+                            Answered::Changed => gone = Some(found.object.manifest.generation),
+                            Answered::Failed { status } => {
+                                self.refuse(session, ctx, status, "fill-failed").await?;
+                                return Ok(true);
+                            }
+                        },
+                    }
+                }
+            }
+        }
+        self.refuse(session, ctx, 502, "origin-keeps-changing")
+            .await?;
+        Ok(true)
+    }
+
+    /// Writes the answer that was planned. Nothing is written before the first
+    /// byte is there, so that a version that is gone can still be replaced.
+    async fn answer(
+        &self,
+        session: &mut Session,
+        ctx: &mut Context,
+        is_get: bool,
+        request: &Request,
+        found: &Found,
+        plan: Plan,
+    ) -> Result<Answered> {
+        let manifest = &found.object.manifest;
+        let (head, pieces) = self.head(found, plan)?;
+        if !is_get || pieces.is_empty() {
+            self.begin(session, ctx, head, true).await?;
+            self.count_response(ctx, found);
+            return Ok(Answered::Done);
+        }
+        self.metrics.sliced_requests_total.inc();
+        let ahead = self.engine.config().max_concurrent_subrequests;
+        // HTTP/2 keeps pieces in its own buffer after it has taken them.
+        let copied = session.as_downstream().is_http2();
+        let mut stream = Pieces::new(&self.engine, request, found, pieces, ahead, copied);
+        let mut pace = Pace::new(self.engine.config().client_timeouts);
+        // A part's heading is no byte of the object yet.
+        let heading = stream.text();
+        let first = match stream.next(&self.metrics).await {
+            Some(Ok(bytes)) => Some(bytes),
+            None => None,
+            Some(Err(FillError::Changed)) => return Ok(Answered::Changed),
+            Some(Err(error)) => {
+                tracing::warn!(url = %request.url, %error, "request failed");
+                let status = match error {
+                    FillError::Failed { status, .. } => status,
+                    FillError::Changed | FillError::Damaged => 502,
+                };
+                return Ok(Answered::Failed { status });
+            }
+        };
+        self.begin(session, ctx, head, false).await?;
+        self.count_response(ctx, found);
+        if let Some(text) = heading {
+            session.write_response_body(Some(text), false).await?;
+        }
+        let mut next = first;
+        let mut written = 0u64;
+        while let Some(bytes) = next {
+            written += bytes.len() as u64;
+            self.give(session, &mut pace, bytes, || stream.let_go(&self.metrics))
+                .await?;
+            let mut coming = std::pin::pin!(stream.next(&self.metrics));
+            let piece = match futures::poll!(coming.as_mut()) {
+                Poll::Ready(piece) => piece,
+                Poll::Pending => {
+                    flush(session, self.engine.config().client_timeouts.write).await?;
+                    coming.await
+                }
+            };
+            next = match piece {
+                None => None,
+                Some(Ok(bytes)) => Some(bytes),
+                // The header is out: cut the connection, so that the client sees it.
+                Some(Err(error)) => {
+                    tracing::warn!(url = %manifest.url, written, %error, "answer cut short");
+                    return Error::e_explain(ErrorType::ConnectionClosed, "answer cut short");
+                }
+            };
+        }
+        self.metrics
+            .assembly_duration_seconds
+            .observe(stream.waited.as_secs_f64());
+        session.write_response_body(None, true).await?;
+        Ok(Answered::Done)
+    }
+
+    /// Gives bytes to the client, as slowly as it may take them; `stalled` is
+    /// called again and again while it takes none.
+    async fn give(
+        &self,
+        session: &mut Session,
+        pace: &mut Pace,
+        bytes: Bytes,
+        mut stalled: impl FnMut(),
+    ) -> Result<()> {
+        let length = bytes.len() as u64;
+        self.metrics.bytes_to_client_total.inc_by(length);
+        let patience = pace.patience(length);
+        let started = Instant::now();
+        let mut writing = std::pin::pin!(session.write_response_body(Some(bytes), false));
+        loop {
+            let left = patience.saturating_sub(started.elapsed());
+            match tokio::time::timeout(left.min(STALLED_AFTER), &mut writing).await {
+                Ok(written) => {
+                    pace.took(length, started.elapsed());
+                    return written;
+                }
+                Err(_) if started.elapsed() < patience => stalled(),
+                Err(_) => {
+                    self.metrics.clients_too_slow_total.inc();
+                    return Error::e_explain(ErrorType::WriteTimedout, "client too slow")
+                        .map_err(|e| e.into_down());
+                }
+            }
+        }
+    }
+
+    async fn begin(
+        &self,
+        session: &mut Session,
+        ctx: &Context,
+        mut head: ResponseHeader,
+        end: bool,
+    ) -> Result<()> {
+        // Chunks are HTTP/1.1's own: an older client reads to the connection's
+        // end, a newer one has frames (RFC 9112 section 6.1).
+        let version = session.req_header().version;
+        if version != http::Version::HTTP_11
+            && head.remove_header(&header::TRANSFER_ENCODING).is_some()
+            && version == http::Version::HTTP_10
+        {
+            session.set_keepalive(None);
+        }
+        self.metrics
+            .time_to_first_byte_seconds
+            .observe(ctx.started.elapsed().as_secs_f64());
+        if session.req_header().version == http::Version::HTTP_10
+            && head.remove_header(&header::TRANSFER_ENCODING).is_some()
+        {
+            // No chunks for HTTP/1.0: the connection's end is the body's.
+            session.set_keepalive(None);
+        }
+        keep_date(&head);
+        session.write_response_header(Box::new(head), end).await
+    }
+
+    /// The head and the body's pieces of a planned answer.
+    fn head(&self, found: &Found, plan: Plan) -> Result<(ResponseHeader, Vec<Piece>)> {
+        let manifest = &found.object.manifest;
+        let length = manifest.length();
+        let status = match &plan {
+            Plan::Whole => manifest.status,
+            Plan::Single(_) | Plan::Multi(_) => 206,
+            Plan::NotModified => 304,
+            Plan::PreconditionFailed => 412,
+            Plan::NotSatisfiable => 416,
+        };
+        let mut head = ResponseHeader::build(status, Some(manifest.headers.len() + 8))?;
+        let keeps_fields = !matches!(plan, Plan::PreconditionFailed | Plan::NotSatisfiable);
+        for (name, value) in &manifest.headers {
+            let left_out = (status == 304 && is_left_out_of_304(name))
+                || (plan != Plan::Whole && name == "content-range");
+            if keeps_fields && !left_out {
+                let value = http::HeaderValue::from_bytes(value)
+                    .map_err(|e| Error::because(ErrorType::InternalError, "stored field", e))?;
+                head.append_header(name.clone(), value)?;
+            }
+        }
+        let mut pieces = Vec::new();
+        match plan {
+            // RFC 9110 section 15.3.5: no body, and no word about its length.
+            Plan::Whole if status == 204 => {}
+            Plan::Whole => {
+                if let Some(length) = length {
+                    if status != 304 {
+                        head.insert_header(header::CONTENT_LENGTH, length)?;
+                    }
+                } else if status != 304 {
+                    head.insert_header(header::TRANSFER_ENCODING, "chunked")?;
+                }
+                if length != Some(0) && !matches!(status, 204 | 304) {
+                    pieces.push(Piece::Bytes(0..length.unwrap_or(u64::MAX)));
+                }
+            }
+            Plan::Single(range) => {
+                let total = length.unwrap_or_default();
+                head.insert_header(
+                    header::CONTENT_RANGE,
+                    format!("bytes {}-{}/{total}", range.start, range.end - 1),
+                )?;
+                head.insert_header(header::CONTENT_LENGTH, range.end - range.start)?;
+                pieces.push(Piece::Bytes(range));
+            }
+            Plan::Multi(ranges) => pieces = multipart(&mut head, &ranges, manifest)?,
+            Plan::NotSatisfiable => {
+                head.insert_header(
+                    header::CONTENT_RANGE,
+                    format!("bytes */{}", length.unwrap_or_default()),
+                )?;
+                head.insert_header(header::CONTENT_LENGTH, 0)?;
+            }
+            Plan::PreconditionFailed => head.insert_header(header::CONTENT_LENGTH, 0)?,
+            Plan::NotModified => {}
+        }
+        if matches!(manifest.status, 200 | 203) && length.is_some() && keeps_fields {
+            head.insert_header(header::ACCEPT_RANGES, "bytes")?;
+        }
+        let now_ms = unix_ms(SystemTime::now());
+        head.insert_header(header::AGE, manifest.freshness.age(now_ms))?;
+        self.describe(
+            &mut head,
+            &cache_status(found, now_ms, self.engine.config().caching.show_key),
+            x_cache(found.resolution),
+        )?;
+        Ok((head, pieces))
+    }
+
+    /// The fields that say what this cache did.
+    fn describe(&self, head: &mut ResponseHeader, cache_status: &str, x_cache: &str) -> Result<()> {
+        head.append_header("cache-status", format!("{NAME}; {cache_status}"))?;
+        head.insert_header("x-cache", x_cache)?;
+        head.append_header(header::VIA, format!("1.1 {NAME}"))?;
+        Ok(())
+    }
+
+    fn count_response(&self, ctx: &mut Context, found: &Found) {
+        ctx.counted = true;
+        self.metrics
+            .responses_total
+            .with_label_values(&[x_cache(found.resolution)])
+            .inc();
+    }
+
+    /// Passes on an answer that is for this client alone.
+    async fn relay(
+        &self,
+        session: &mut Session,
+        ctx: &mut Context,
+        is_get: bool,
+        request: &Request,
+        relay: Relay,
+    ) -> Result<()> {
+        let mut head = ResponseHeader::build(relay.status, Some(relay.headers.len() + 4))?;
+        for (name, value) in &relay.headers {
+            head.append_header(name.clone(), value.clone())?;
+        }
+        head.remove_header(&header::CONTENT_LENGTH);
+        let has_body = !matches!(relay.status, 204 | 304);
+        match relay.length {
+            Some(length) if has_body => head.insert_header(header::CONTENT_LENGTH, length)?,
+            None if has_body => head.insert_header(header::TRANSFER_ENCODING, "chunked")?,
+            _ => {}
+        }
+        let why = self
+            .engine
+            .why_not_stored(request, relay.status, &relay.headers);
+        let status = format!(
+            "fwd={}; fwd-status={}; detail={why}",
+            relay.forwarded.as_str(),
+            relay.status
+        );
+        tracing::debug!(url = %request.url, why, "not stored");
+        self.metrics.passes_total.with_label_values(&[why]).inc();
+        self.describe(&mut head, &status, "PASS")?;
+        ctx.counted = true;
+        self.metrics.passthrough_requests_total.inc();
+        self.metrics
+            .responses_total
+            .with_label_values(&["PASS"])
+            .inc();
+        let end = !is_get || !has_body || relay.length == Some(0);
+        self.begin(session, ctx, head, end).await?;
+        if end {
+            return Ok(());
+        }
+        let mut body = relay.body;
+        let mut pace = Pace::new(self.engine.config().client_timeouts);
+        loop {
+            let mut coming = std::pin::pin!(body.next());
+            let next = match futures::poll!(coming.as_mut()) {
+                Poll::Ready(next) => next,
+                Poll::Pending => {
+                    flush(session, self.engine.config().client_timeouts.write).await?;
+                    coming.await
+                }
+            };
+            match next {
+                Ok(Some(bytes)) => self.give(session, &mut pace, bytes, || {}).await?,
+                Ok(None) => return session.write_response_body(None, true).await,
+                Err(reason) => {
+                    tracing::warn!(reason, "relayed answer cut short");
+                    return Error::e_explain(ErrorType::ConnectionClosed, "answer cut short");
+                }
+            }
+        }
+    }
+
+    /// Takes the permit for what proxying holds; without one the request is refused.
+    async fn has_no_room_to_pass(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        ctx._passing = self.engine.budget().transfer(0).await;
+        if ctx._passing.is_some() {
+            return Ok(false);
+        }
+        self.metrics.memory_refusals_total.inc();
+        self.refuse(session, ctx, 503, "no-memory").await?;
+        Ok(true)
+    }
+
+    /// An error of our own: never stored by anybody.
+    async fn refuse(
+        &self,
+        session: &mut Session,
+        ctx: &mut Context,
+        status: u16,
+        reason: &str,
+    ) -> Result<()> {
+        let mut head = ResponseHeader::build(status, Some(6))?;
+        head.insert_header(header::CONTENT_LENGTH, 0)?;
+        head.insert_header(header::CACHE_CONTROL, "no-store")?;
+        if status == 503 {
+            head.insert_header(header::RETRY_AFTER, 1)?;
+        }
+        let status = match reason {
+            // Nobody was asked.
+            "only-if-cached" | "malformed" => format!("detail={reason}"),
+            _ => format!("fwd=miss; detail={reason}"),
+        };
+        self.describe(&mut head, &status, "MISS")?;
+        ctx.counted = true;
+        self.metrics
+            .responses_total
+            .with_label_values(&["MISS"])
+            .inc();
+        self.begin(session, ctx, head, true).await
+    }
+
+    async fn purge(&self, session: &mut Session) -> Result<()> {
+        let from_loopback = session
+            .client_addr()
+            .and_then(|address| address.as_inet())
+            .is_some_and(|address| address.ip().is_loopback());
+        let answer = self
+            .purger
+            .purge_request(session.req_header(), from_loopback)
+            .await;
+        let mut head = ResponseHeader::build(answer.status, Some(answer.headers.len() + 2))?;
+        for (name, value) in answer.headers {
+            head.insert_header(name, value)?;
+        }
+        head.insert_header(header::CONTENT_LENGTH, answer.body.len())?;
+        session.write_response_header(Box::new(head), false).await?;
+        session
+            .write_response_body(Some(answer.body.into()), true)
+            .await
+    }
+}
+
+/// Waits for a deadline, for ever if there is none.
+async fn until_total(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+enum Answered {
+    Done,
+    /// The version is gone, and nothing was written.
+    Changed,
+    /// It cannot be had, and nothing was written.
+    Failed {
+        status: u16,
+    },
+}
+
+/// Sends what Pingora holds back of a body of known length: it collects up to
+/// 1460 bytes, and has no other call for this than a task that failed.
+async fn flush(session: &mut Session, patience: Duration) -> Result<()> {
+    let ServerSession::H1(http1) = session.as_downstream_mut() else {
+        return Ok(());
+    };
+    let end = HttpTask::Failed(Error::explain(ErrorType::Custom("flushed"), ""));
+    let tasks = vec![HttpTask::Body(None, false), end];
+    match tokio::time::timeout(patience, http1.response_duplex_vec(tasks)).await {
+        Err(_) => Error::e_explain(ErrorType::WriteTimedout, "flushing").map_err(|e| e.into_down()),
+        Ok(Err(error)) if error.etype() == &ErrorType::Custom("flushed") => Ok(()),
+        Ok(result) => result.map(|_| ()),
+    }
+}
+
+/// The pieces of a multipart/byteranges answer (RFC 9110 section 14.6), and
+/// its fields in the head.
+fn multipart(
+    head: &mut ResponseHeader,
+    ranges: &[Range<u64>],
+    manifest: &Manifest,
+) -> Result<Vec<Piece>> {
+    let boundary = format!(
+        "{:032x}",
+        manifest.generation.0 ^ u128::from(manifest.freshness.received_ms)
+    );
+    let total = manifest.length().unwrap_or_default();
+    let content_type = manifest
+        .header("content-type")
+        .map(|t| format!("Content-Type: {t}\r\n"))
+        .unwrap_or_default();
+    let mut pieces = Vec::with_capacity(ranges.len() * 2 + 1);
+    let mut length = 0u64;
+    for range in ranges {
+        let text = format!(
+            "\r\n--{boundary}\r\n{content_type}Content-Range: bytes {}-{}/{total}\r\n\r\n",
+            range.start,
+            range.end - 1
+        );
+        length += text.len() as u64 + (range.end - range.start);
+        pieces.push(Piece::Text(text.into()));
+        pieces.push(Piece::Bytes(range.clone()));
+    }
+    let end = format!("\r\n--{boundary}--\r\n");
+    length += end.len() as u64;
+    pieces.push(Piece::Text(end.into()));
+    head.insert_header(
+        header::CONTENT_TYPE,
+        format!("multipart/byteranges; boundary={boundary}"),
+    )?;
+    head.insert_header(header::CONTENT_LENGTH, length)?;
+    Ok(pieces)
+}
+
+/// A 304 carries what guides caches, not what describes the bytes (RFC 9110 section 15.4.5).
+fn is_left_out_of_304(name: &str) -> bool {
+    const LEFT_OUT: [&str; 4] = [
+        "content-type",
+        "content-encoding",
+        "content-language",
+        "transfer-encoding",
+    ];
+    LEFT_OUT
+        .iter()
+        .any(|left_out| name.eq_ignore_ascii_case(left_out))
+}
+
+/// RFC 9211's parameters for an answer from a manifest. The detail is the
+/// answer's phase, in the words of pingora-cache.
+fn cache_status(found: &Found, now_ms: u64, show_key: bool) -> String {
+    let manifest = &found.object.manifest;
+    let freshness = &manifest.freshness;
+    let ttl = freshness.lifetime as i64 - freshness.age(now_ms) as i64;
+    let collapsed = if found.collapsed { "; collapsed" } else { "" };
+    let fwd = found.forwarded.as_str();
+    let mut status = match found.resolution {
+        Resolution::Hit => format!("hit; ttl={ttl}"),
+        Resolution::Stale => {
+            let updating = freshness.staleness(now_ms) <= freshness.stale_while_revalidate;
+            let detail = if updating { "stale-updating" } else { "stale" };
+            format!("hit; ttl={ttl}; detail={detail}")
+        }
+        Resolution::Revalidated => {
+            // Another node held it, where this one did not.
+            let fwd = match found.forwarded {
+                Forwarded::UriMiss => Forwarded::Stale.as_str(),
+                _ => fwd,
+            };
+            format!("fwd={fwd}; fwd-status=304; stored; ttl={ttl}{collapsed}; detail=revalidated")
+        }
+        Resolution::Miss => {
+            let in_parts = !manifest.version.whole || manifest.part.is_some();
+            let origin = if in_parts { 206 } else { manifest.status };
+            let detail = match found.forwarded {
+                Forwarded::Stale => "expired",
+                _ => "miss",
+            };
+            format!("fwd={fwd}; fwd-status={origin}; stored; ttl={ttl}{collapsed}; detail={detail}")
+        }
+    };
+    if show_key {
+        // A string of RFC 8941: what would need an escape is no part of a URL.
+        let text = format!("{}{}", manifest.url.host, manifest.url.target);
+        let safe: String = text
+            .chars()
+            .map(|c| match c {
+                '"' | '\\' => '_',
+                ' '..='~' => c,
+                _ => '_',
+            })
+            .collect();
+        status += &format!("; key=\"{safe}\"");
+    }
+    status
+}
+
+/// The Date of an answer stays as the origin gave it (RFC 9110 section 6.6.1).
+fn keep_date(head: &ResponseHeader) {
+    let date = head.headers.get(header::DATE);
+    dated::next_head_is_of(date.map(http::HeaderValue::as_bytes));
+}
+
+fn x_cache(resolution: Resolution) -> &'static str {
+    match resolution {
+        Resolution::Hit => "HIT",
+        Resolution::Miss => "MISS",
+        Resolution::Revalidated => "REVALIDATED",
+        Resolution::Stale => "STALE",
+    }
+}
+
+/// The client's fields that go to the origin, and ours.
+fn sent_on(head: &RequestHeader, loop_id: Option<&str>) -> Vec<(String, Vec<u8>)> {
+    let headers = &head.headers;
+    // Range is for GET; with conditions the whole may be wanted as well, or nothing.
+    let is_range_sent = head.method == Method::GET
+        && !headers.contains_key(header::IF_RANGE)
+        && !plan::has_conditions(headers);
+    let nominated: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|v| v.to_str().ok())
+        .flat_map(|v| v.split(','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
+        .collect();
+    let mut list: Vec<(String, Vec<u8>)> = headers
+        .iter()
+        .filter(|(name, _)| !NOT_SENT_ON.contains(&name.as_str()) && !nominated.contains(name))
+        .filter(|(name, _)| *name != header::RANGE || is_range_sent)
+        .map(|(name, value)| (name.as_str().to_owned(), value.as_bytes().to_vec()))
+        .collect();
+    list.push(("via".into(), format!("1.1 {NAME}").into_bytes()));
+    if let Some(id) = loop_id {
+        list.push(("cdn-loop".into(), id.as_bytes().to_vec()));
+    }
+    list
+}
+
+/// Why a message cannot be sent on as it is framed: lengths that another may
+/// read differently (400, RFC 9110 section 8.6), or a coding that would be lost
+/// (501, RFC 9112 section 6.1).
+fn framing_fault(head: &RequestHeader) -> Option<u16> {
+    let mut lengths = head.headers.get_all(header::CONTENT_LENGTH).iter();
+    let is_one = |length: &HeaderValue| length.as_bytes().iter().all(u8::is_ascii_digit);
+    if lengths.next().is_some_and(|first| !is_one(first)) || lengths.next().is_some() {
+        return Some(400);
+    }
+    is_coded(&head.headers).then_some(501)
+}
+
+#[async_trait]
+impl ProxyHttp for Front {
+    type CTX = Context;
+
+    fn new_ctx(&self) -> Context {
+        connection::head_is_there();
+        Context {
+            started: Instant::now(),
+            passed: None,
+            counted: false,
+            invalidates: None,
+            _passing: None,
+            _under_way: self.under_way.token(),
+        }
+    }
+
+    fn persist_connection_context(
+        &self,
+        _session: &Session,
+        _ctx: &Context,
+    ) -> Option<Box<dyn std::any::Any + Send + Sync>> {
+        Some(Box::new(connection::Reused))
+    }
+
+    async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Context) -> Result<()> {
+        let timeouts = self.engine.config().client_timeouts;
+        let session = session.as_downstream_mut();
+        session.set_write_timeout(Some(timeouts.write));
+        session.set_read_timeout(Some(timeouts.idle));
+        session.set_total_drain_timeout(Some(timeouts.idle));
+        Ok(())
+    }
+
+    async fn request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        if let Some(status) = framing_fault(session.req_header()) {
+            session.set_keepalive(None);
+            self.refuse(session, ctx, status, "malformed").await?;
+            return Ok(true);
+        }
+        match session.req_header().method.as_str() {
+            "PURGE" => {
+                ctx.counted = true;
+                self.purge(session).await?;
+                Ok(true)
+            }
+            "GET" | "HEAD" => {
+                self.metrics.requests_total.inc();
+                let served = self.serve(session, ctx).await?;
+                Ok(served || self.has_no_room_to_pass(session, ctx).await?)
+            }
+            method => {
+                self.metrics.requests_total.inc();
+                ctx.passed = Some("method");
+                if !matches!(method, "OPTIONS" | "TRACE")
+                    && let Some((host, target)) = self.naming.host_and_target(session.req_header())
+                {
+                    ctx.invalidates = Some(Url { host, target });
+                }
+                self.has_no_room_to_pass(session, ctx).await
+            }
+        }
+    }
+
+    async fn upstream_peer(
+        &self,
+        _session: &mut Session,
+        _ctx: &mut Context,
+    ) -> Result<Box<HttpPeer>> {
+        let peer = self.engine.origin().peer().await;
+        peer.map(Box::new)
+            .map_err(|e| Error::because(ErrorType::ConnectNoRoute, "origin", e).into_up())
+    }
+
+    async fn upstream_request_filter(
+        &self,
+        session: &mut Session,
+        upstream: &mut RequestHeader,
+        _ctx: &mut Context,
+    ) -> Result<()> {
+        if let Some((host, _)) = self.naming.host_and_target(session.req_header()) {
+            upstream.insert_header(header::HOST, self.engine.origin().host(&host).to_owned())?;
+        }
+        upstream.append_header(header::VIA, format!("1.1 {NAME}"))?;
+        if let Some(id) = self.loop_id() {
+            upstream.append_header("cdn-loop", id)?;
+        }
+        upstream.remove_header("x-purge-token");
+        Ok(())
+    }
+
+    async fn response_filter(
+        &self,
+        _session: &mut Session,
+        upstream: &mut ResponseHeader,
+        ctx: &mut Context,
+    ) -> Result<()> {
+        if upstream.status.is_informational() {
+            return Ok(());
+        }
+        let fwd = match ctx.passed {
+            Some("method") => "method",
+            Some("request-no-store") => "request",
+            _ => "bypass",
+        };
+        let detail = ctx.passed.unwrap_or("none");
+        let status = format!(
+            "fwd={fwd}; fwd-status={}; detail={detail}",
+            upstream.status.as_u16()
+        );
+        self.describe(upstream, &status, "PASS")?;
+        keep_date(upstream);
+        if let Some(url) = ctx.invalidates.take()
+            && (upstream.status.is_success() || upstream.status.is_redirection())
+        {
+            // The answer is held back until no node answers from before it.
+            self.engine.invalidate(&url, &upstream.headers).await;
+        }
+        Ok(())
+    }
+
+    fn response_body_filter(
+        &self,
+        _session: &mut Session,
+        body: &mut Option<Bytes>,
+        _end: bool,
+        _ctx: &mut Context,
+    ) -> Result<Option<Duration>> {
+        if let Some(bytes) = body {
+            self.metrics
+                .bytes_to_client_total
+                .inc_by(bytes.len() as u64);
+        }
+        Ok(None)
+    }
+
+    async fn fail_to_proxy(
+        &self,
+        session: &mut Session,
+        error: &Error,
+        ctx: &mut Context,
+    ) -> pingora_proxy::FailToProxy {
+        let refused = |error_code| pingora_proxy::FailToProxy {
+            error_code,
+            can_reuse_downstream: false,
+        };
+        if session.response_written().is_some() {
+            return refused(0);
+        }
+        let status = match (error.etype(), error.esource()) {
+            (ErrorType::HTTPStatus(status), _) => *status,
+            (
+                ErrorType::ConnectTimedout | ErrorType::ReadTimedout | ErrorType::WriteTimedout,
+                pingora_core::ErrorSource::Upstream,
+            ) => 504,
+            (_, pingora_core::ErrorSource::Upstream) => 502,
+            (
+                ErrorType::WriteError | ErrorType::ReadError | ErrorType::ConnectionClosed,
+                pingora_core::ErrorSource::Downstream,
+            ) => 0,
+            (_, pingora_core::ErrorSource::Downstream) => 400,
+            _ => 500,
+        };
+        if status > 0 {
+            let _ = self.refuse(session, ctx, status, "proxy-error").await;
+        }
+        refused(status)
+    }
+
+    fn suppress_error_log(&self, _session: &Session, _ctx: &Context, error: &Error) -> bool {
+        matches!(error.esource(), pingora_core::ErrorSource::Downstream)
+    }
+
+    async fn logging(&self, session: &mut Session, _error: Option<&Error>, ctx: &mut Context) {
+        if session.req_header().method.as_str() == "PURGE" {
+            return;
+        }
+        if let (false, Some(why)) = (ctx.counted, ctx.passed) {
+            self.metrics.passthrough_requests_total.inc();
+            self.metrics.passes_total.with_label_values(&[why]).inc();
+            self.metrics
+                .responses_total
+                .with_label_values(&["PASS"])
+                .inc();
+        }
+        self.metrics
+            .request_duration_seconds
+            .observe(ctx.started.elapsed().as_secs_f64());
+    }
+}

@@ -1,0 +1,515 @@
+//! Region files: the bytes of slices, appended in order, read by page.
+//!
+//! A region is one preallocated file and the unit of eviction. It has a
+//! generation number, raised each time the writer starts it over; a row of the
+//! index names the generation it was written under, so starting a region over
+//! kills all its rows at once and deletes nothing.
+//!
+//! An entry is a header and the bytes of one slice. The header carries the
+//! region's generation and its own checksum, so that walking a region stops
+//! where the writer stopped, even if older entries lie beyond. Readers do not
+//! need it: checksums stand in the index row, and only they decide whether a
+//! page is good. Nothing is ever synced; what a crash tears is a miss.
+//!
+//! Memory: 8 bytes and one bit per [`HIT_BYTES`] for each region, which is a
+//! 500,000th of the store.
+//! Not here: which region to write, and what a row looks like (`index`).
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, IoSlice};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use pingora_slice_cluster::{Generation, SliceId};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use crate::l1::{PAGE_BYTES, Slice};
+
+/// First bytes of an entry: name and format version.
+const MAGIC: [u8; 4] = *b"PSE\x01";
+/// Header without page sums: magic, region generation, generation, index, length, own checksum.
+const HEADER_BYTES: usize = 4 + 8 + 16 + 4 + 4 + 4;
+/// Page sums in a header at most: an entry never exceeds the largest region.
+const SUMS_MAX: usize = REGION_BYTES_MAX as usize / PAGE_BYTES;
+/// Largest region: with offsets and lengths of 32 bits there is room to spare.
+pub const REGION_BYTES_MAX: u32 = 64 << 20;
+/// One hit bit stands for this much of a region; entries that begin in the
+/// same stretch share it, so small ones are at worst kept for a neighbour's sake.
+const HIT_BYTES: u32 = 64 << 10;
+
+/// Where an entry lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the region.
+    pub region: u32,
+    /// Generation of the region when the entry was written.
+    pub generation: u64,
+    /// Offset of the entry's header in the region, bytes.
+    pub offset: u32,
+    /// Length of the slice, bytes.
+    pub len: u32,
+}
+
+impl Place {
+    fn bytes_offset(&self) -> u64 {
+        u64::from(self.offset) + header_bytes(self.len) as u64
+    }
+
+    fn end(&self) -> u64 {
+        self.bytes_offset() + u64::from(self.len)
+    }
+}
+
+/// Why an entry could not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadError {
+    /// The region has been started over: an ordinary miss.
+    Evicted,
+    /// The bytes are not what was written, or not there: drop the row.
+    Damaged,
+}
+
+/// All regions: their files, generations and hits.
+#[derive(Debug)]
+pub struct Regions {
+    dir: PathBuf,
+    region_bytes: u32,
+    table: Box<[Region]>,
+    disk_bytes: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Region {
+    /// 0: never written, or its row is lost.
+    generation: AtomicU64,
+    hits: Box<[AtomicU64]>,
+}
+
+impl Regions {
+    /// `count` regions of `region_bytes` in `dir`, with the generations that
+    /// the index remembers. Files beyond `count`, or of larger regions, are removed.
+    pub fn open(
+        dir: PathBuf,
+        region_bytes: u32,
+        count: u32,
+        known: &[(u32, u64)],
+    ) -> io::Result<Regions> {
+        std::fs::create_dir_all(&dir)?;
+        let words = region_bytes.div_ceil(HIT_BYTES).div_ceil(64);
+        let table: Box<[Region]> = (0..count)
+            .map(|_| Region {
+                generation: AtomicU64::new(0),
+                hits: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            })
+            .collect();
+        for &(region, generation) in known {
+            if let Some(region) = table.get(region as usize) {
+                region.generation.store(generation, Ordering::Relaxed);
+            }
+        }
+        let mut bytes = 0;
+        for file in std::fs::read_dir(&dir)? {
+            let file = file?;
+            let number = file
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<u32>().ok());
+            let is_ours = number.is_some_and(|number| number < count);
+            if is_ours && file.metadata()?.len() <= u64::from(region_bytes) {
+                bytes += disk_bytes(&file.path());
+            } else {
+                std::fs::remove_file(file.path())?;
+            }
+        }
+        Ok(Regions {
+            dir,
+            region_bytes,
+            table,
+            disk_bytes: AtomicU64::new(bytes),
+        })
+    }
+
+    /// Size of each region, bytes.
+    pub fn region_bytes(&self) -> u32 {
+        self.region_bytes
+    }
+
+    /// Number and generation of every region that has been written.
+    pub fn rows(&self) -> Vec<(u32, u64)> {
+        let generations = self
+            .table
+            .iter()
+            .map(|region| region.generation.load(Ordering::Relaxed));
+        (0..)
+            .zip(generations)
+            .filter(|(_, generation)| *generation > 0)
+            .collect()
+    }
+
+    /// Bytes the region files take on disk.
+    pub fn disk_bytes(&self) -> u64 {
+        self.disk_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether the region still holds what it held when `place` was written.
+    pub fn is_live(&self, place: &Place) -> bool {
+        self.generation(place.region) == place.generation
+            && place.end() <= u64::from(self.region_bytes)
+    }
+
+    /// Remembers that the entry was asked for since its region was started.
+    pub fn hit(&self, place: &Place) {
+        if let Some((word, bit)) = self.hit_bit(place) {
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether [`Regions::hit`] was called since the region was started.
+    pub fn was_hit(&self, place: &Place) -> bool {
+        self.hit_bit(place)
+            .is_some_and(|(word, bit)| word.load(Ordering::Relaxed) & bit != 0)
+    }
+
+    /// Bytes `start..end` of the entry (within it), from whole pages that match `sums`.
+    pub fn read(
+        &self,
+        place: &Place,
+        sums: &[u32],
+        start: u32,
+        end: u32,
+    ) -> Result<Bytes, ReadError> {
+        let found = self.read_pages(place, sums, start, end);
+        if !self.is_live(place) && found.is_none() {
+            return Err(ReadError::Evicted);
+        }
+        found.ok_or(ReadError::Damaged)
+    }
+
+    fn read_pages(&self, place: &Place, sums: &[u32], start: u32, end: u32) -> Option<Bytes> {
+        if start >= end {
+            return Some(Bytes::new());
+        }
+        let first = start as usize / PAGE_BYTES;
+        let from = first * PAGE_BYTES;
+        let to = (end as usize)
+            .next_multiple_of(PAGE_BYTES)
+            .min(place.len as usize);
+        let file = File::open(self.path(place.region)).ok()?;
+        let bytes = read_exact(&file, to - from, place.bytes_offset() + from as u64)?;
+        let mut pages = bytes.chunks(PAGE_BYTES).zip(sums.get(first..)?);
+        if !pages.all(|(page, sum)| crc32c::crc32c(page) == *sum) {
+            return None;
+        }
+        Some(Bytes::from(bytes).slice(start as usize - from..end as usize - from))
+    }
+
+    /// The entries of a region written under `generation`, in order, for as long as their headers are good.
+    pub fn entries<'a>(&self, file: &'a File, region: u32, generation: u64) -> Entries<'a> {
+        Entries {
+            file,
+            region,
+            generation,
+            at: 0,
+            region_bytes: self.region_bytes,
+        }
+    }
+
+    /// The region whose generation is lowest among those that `may` be taken.
+    pub fn oldest(&self, may: impl Fn(u64) -> bool) -> Option<u32> {
+        let rows = (0..self.table.len() as u32).map(|region| (self.generation(region), region));
+        rows.filter(|(generation, _)| may(*generation))
+            .min()
+            .map(|(_, region)| region)
+    }
+
+    /// The region written last.
+    pub fn newest(&self) -> Option<u32> {
+        let rows = (0..self.table.len() as u32).map(|region| (self.generation(region), region));
+        rows.filter(|(generation, _)| *generation > 0)
+            .max()
+            .map(|(_, region)| region)
+    }
+
+    /// The present generation of a region; 0 when it has none.
+    pub fn generation(&self, region: u32) -> u64 {
+        self.table
+            .get(region as usize)
+            .map_or(0, |region| region.generation.load(Ordering::Acquire))
+    }
+
+    /// Begins a new generation: from here on all rows of the region are dead, and no entry of it was hit.
+    pub fn start_over(&self, region: u32, generation: u64) {
+        if let Some(region) = self.table.get(region as usize) {
+            region.generation.store(generation, Ordering::Release);
+        }
+    }
+
+    /// Forgets which entries of the region were hit.
+    pub fn clear_hits(&self, region: u32) {
+        for word in self
+            .table
+            .get(region as usize)
+            .into_iter()
+            .flat_map(|region| &region.hits)
+        {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Opens a region's file for writing, all its space allocated.
+    ///
+    /// # Errors
+    /// No space, or the disk. A file made in vain is removed again.
+    pub fn file(&self, region: u32) -> io::Result<File> {
+        let path = self.path(region);
+        let existed = path.exists();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)?;
+        let before = file.metadata()?.blocks() * 512;
+        let allocated = allocate(&file, u64::from(self.region_bytes));
+        if allocated.is_err() && !existed {
+            let _ = std::fs::remove_file(&path);
+        } else {
+            let after = file.metadata()?.blocks() * 512;
+            self.disk_bytes
+                .fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
+        }
+        allocated.map(|()| file)
+    }
+
+    /// Removes the region whose generation is lowest, if more than `count_min` are in use.
+    pub fn release_oldest(&self, count_min: usize) -> bool {
+        let oldest = self.oldest(|generation| generation > 0);
+        let Some(region) = oldest.filter(|_| self.rows().len() > count_min) else {
+            return false;
+        };
+        self.start_over(region, 0);
+        let bytes = disk_bytes(&self.path(region));
+        let is_removed = std::fs::remove_file(self.path(region)).is_ok();
+        if is_removed {
+            self.disk_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        is_removed
+    }
+
+    fn hit_bit(&self, place: &Place) -> Option<(&AtomicU64, u64)> {
+        let bit = place.offset / HIT_BYTES;
+        let word = self
+            .table
+            .get(place.region as usize)?
+            .hits
+            .get(bit as usize / 64)?;
+        Some((word, 1 << (bit % 64)))
+    }
+
+    fn path(&self, region: u32) -> PathBuf {
+        self.dir.join(format!("{region:08}"))
+    }
+}
+
+/// Where the writer stands: a region, its file, and the next free byte.
+#[derive(Debug)]
+pub struct Head {
+    /// Number of the region.
+    pub region: u32,
+    /// Its generation.
+    pub generation: u64,
+    /// The region's file.
+    pub file: File,
+    /// The next free byte.
+    pub at: u32,
+    /// Its size, bytes.
+    pub region_bytes: u32,
+}
+
+impl Head {
+    /// Whether an entry for a slice of `len` bytes still fits.
+    pub fn fits(&self, len: u32) -> bool {
+        u64::from(self.at) + entry_bytes(len) <= u64::from(self.region_bytes)
+    }
+
+    /// Appends an entry, which must fit: two buffers, one system call.
+    pub fn append(&mut self, id: SliceId, slice: &Slice) -> io::Result<Place> {
+        let len = slice.len() as u32;
+        debug_assert!(self.fits(len));
+        let place = Place {
+            region: self.region,
+            generation: self.generation,
+            offset: self.at,
+            len,
+        };
+        let header = encode_header(self.generation, id, len, slice.sums());
+        write_both(&self.file, &header, slice.bytes(), u64::from(self.at))?;
+        self.at += (header.len() + slice.len()) as u32;
+        Ok(place)
+    }
+}
+
+/// Walks the entries of a region by their headers.
+pub struct Entries<'a> {
+    file: &'a File,
+    region: u32,
+    generation: u64,
+    at: u32,
+    region_bytes: u32,
+}
+
+impl Entries<'_> {
+    /// The byte after the last entry returned.
+    pub fn at(&self) -> u32 {
+        self.at
+    }
+}
+
+impl Iterator for Entries<'_> {
+    type Item = (SliceId, Place, Arc<[u32]>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let mut buffer = [0; HEADER_BYTES + 4 * SUMS_MAX];
+        let wanted = buffer.len().min((self.region_bytes - self.at) as usize);
+        let read = read_some(self.file, &mut buffer[..wanted], u64::from(self.at));
+        let (generation, id, len, sums) = decode_header(&buffer[..read])?;
+        let place = Place {
+            region: self.region,
+            generation,
+            offset: self.at,
+            len,
+        };
+        if generation != self.generation || place.end() > u64::from(self.region_bytes) {
+            return None;
+        }
+        self.at = place.end() as u32;
+        Some((id, place, sums))
+    }
+}
+
+/// Bytes that a slice of `len` bytes takes in a region.
+pub fn entry_bytes(len: u32) -> u64 {
+    header_bytes(len) as u64 + u64::from(len)
+}
+
+/// Bytes that the file or directory tree at `path` takes on disk, as far as it can be seen.
+pub fn disk_bytes(path: &Path) -> u64 {
+    let Ok(meta) = std::fs::symlink_metadata(path) else {
+        return 0;
+    };
+    let below = if meta.is_dir() {
+        std::fs::read_dir(path).ok()
+    } else {
+        None
+    };
+    let below: u64 = below
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| disk_bytes(&entry.path()))
+        .sum();
+    meta.blocks() * 512 + below
+}
+
+/// Makes `file` exactly `bytes` long and takes the space now, where the file system can.
+pub fn allocate(file: &File, bytes: u64) -> io::Result<()> {
+    if file.metadata()?.len() > bytes {
+        file.set_len(bytes)?;
+    }
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => file.set_len(bytes),
+        done => Ok(done?),
+    }
+}
+
+fn header_bytes(len: u32) -> usize {
+    HEADER_BYTES + 4 * (len as usize).div_ceil(PAGE_BYTES)
+}
+
+fn encode_header(
+    generation: u64,
+    id: SliceId,
+    len: u32,
+    sums: impl Iterator<Item = u32>,
+) -> Vec<u8> {
+    let mut header = Vec::with_capacity(header_bytes(len));
+    header.extend_from_slice(&MAGIC);
+    header.extend_from_slice(&generation.to_be_bytes());
+    header.extend_from_slice(&id.generation.0.to_be_bytes());
+    header.extend_from_slice(&id.index.to_be_bytes());
+    header.extend_from_slice(&len.to_be_bytes());
+    header.extend(sums.flat_map(u32::to_be_bytes));
+    header.extend_from_slice(&crc32c::crc32c(&header).to_be_bytes());
+    header
+}
+
+fn decode_header(bytes: &[u8]) -> Option<(u64, SliceId, u32, Arc<[u32]>)> {
+    let rest = bytes.strip_prefix(&MAGIC)?;
+    let (generation, rest) = rest.split_first_chunk()?;
+    let (object, rest) = rest.split_first_chunk()?;
+    let (index, rest) = rest.split_first_chunk()?;
+    let (len, rest) = rest.split_first_chunk()?;
+    let len = u32::from_be_bytes(*len);
+    let sums = rest.get(..4 * (len as usize).div_ceil(PAGE_BYTES))?;
+    let (own, _) = rest[sums.len()..].split_first_chunk()?;
+    if crc32c::crc32c(&bytes[..header_bytes(len) - 4]) != u32::from_be_bytes(*own) {
+        return None;
+    }
+    let id = SliceId {
+        generation: Generation(u128::from_be_bytes(*object)),
+        index: u32::from_be_bytes(*index),
+    };
+    Some((u64::from_be_bytes(*generation), id, len, decode_sums(sums)))
+}
+
+/// Page sums from their bytes on disk.
+pub fn decode_sums(bytes: &[u8]) -> Arc<[u32]> {
+    bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|sum| u32::from_be_bytes(*sum))
+        .collect()
+}
+
+fn write_both(file: &File, header: &[u8], bytes: &[u8], at: u64) -> io::Result<()> {
+    let done = rustix::io::pwritev(file, &[IoSlice::new(header), IoSlice::new(bytes)], at)?;
+    if done < header.len() {
+        file.write_all_at(&header[done..], at + done as u64)?;
+    }
+    let of_bytes = done.saturating_sub(header.len());
+    file.write_all_at(&bytes[of_bytes..], at + (header.len() + of_bytes) as u64)
+}
+
+/// Exactly `len` bytes at `at`, into memory that need not be zeroed first.
+fn read_exact(file: &File, len: usize, at: u64) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(len);
+    while bytes.len() < len {
+        let offset = at + bytes.len() as u64;
+        match rustix::io::pread(file, rustix::buffer::spare_capacity(&mut bytes), offset) {
+            Ok(0) => return None,
+            Ok(_) => {}
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
+    bytes.truncate(len);
+    Some(bytes)
+}
+
+fn read_some(file: &File, buffer: &mut [u8], at: u64) -> usize {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], at + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    done
+}

@@ -1,0 +1,475 @@
+//! The store once it is open: its files, its readers, and the queue before its
+//! writer.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use pingora_slice_cluster::SliceId;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use tokio::sync::{Semaphore, oneshot};
+use tracing::warn;
+
+use super::index::{Index, IndexWriter};
+use super::region::{Place, REGION_BYTES_MAX, ReadError, Regions};
+use super::row::SliceRow;
+use super::writer::{Job, Writer};
+use super::{L2Config, L2Error, L2Read, L2Stats};
+use crate::l1::Slice;
+
+/// The smallest bound that leaves room for an index and a few regions.
+pub const L2_BYTES_MIN: u64 = 16 << 20;
+/// Regions are made so that there are this many, within the sizes below.
+const REGIONS_WANTED: u64 = 32;
+/// Fewer regions than this evict too much at once.
+pub(super) const REGIONS_MIN: u64 = 3;
+/// The largest slice (10 MiB) should fit in a region, where the bound allows it.
+const REGION_BYTES_WANTED_MIN: u64 = 12 << 20;
+/// Share of the index: a tenth, or more in a small store.
+const INDEX_DIVISOR: u64 = 10;
+/// In a small store a quarter goes to the index, up to this.
+const INDEX_SMALL_BYTES_MAX: u64 = 256 << 20;
+/// Directories, the lock, and what a file system adds to each region file.
+pub(super) const SLACK_BYTES: u64 = 256 << 10;
+pub(super) const REGION_SLACK_BYTES: u64 = 8 << 10;
+
+/// Made and removed to see whether the disk takes files.
+pub(super) const PROBE_FILE: &str = "probe";
+
+/// Jobs that wait for the writer at most.
+const QUEUE_JOBS_MAX: usize = 4096;
+/// Bytes that wait for the writer at most: 30 ms of a disk that writes 1 GiB/s.
+pub const QUEUE_BYTES_MAX: u64 = 32 << 20;
+/// Reads at a time, each on a thread of its own.
+const READS_MAX: usize = 64;
+/// How long `stop` lets the writer work on what is queued, and then on closing.
+const STOP_MAX: Duration = Duration::from_secs(10);
+
+/// An open store. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Store {
+    pub(super) shared: Arc<Shared>,
+    jobs: SyncSender<Job>,
+    reads: Arc<Semaphore>,
+}
+
+/// What readers and the writer share.
+pub(super) struct Shared {
+    pub(super) dir: PathBuf,
+    pub(super) lock: Mutex<Option<File>>,
+    pub(super) regions: Regions,
+    pub(super) index: Arc<Index>,
+    pub(super) generation_last: AtomicU64,
+    pub(super) pending: Mutex<Pending>,
+    pub(super) queued_bytes: AtomicU64,
+    pub(super) is_writable: AtomicBool,
+    /// Set when `stop` has waited long enough: what is queued is dropped.
+    pub(super) is_abandoned: AtomicBool,
+    pub(super) writes: AtomicU64,
+    pub(super) rewritten: AtomicU64,
+    pub(super) dropped: AtomicU64,
+    pub(super) damaged: AtomicU64,
+}
+
+/// What is on its way to the writer: at most what fits its queue.
+#[derive(Default)]
+pub(super) struct Pending {
+    pub(super) number: u64,
+    pub(super) manifests: HashMap<u128, (u64, Option<Bytes>)>,
+    pub(super) slices: HashMap<SliceId, Slice>,
+}
+
+impl Store {
+    /// Opens the store, or makes it. What is torn or damaged is dropped, a
+    /// store that cannot be opened is set aside and made anew.
+    ///
+    /// # Errors
+    /// The directory cannot be used at all, or belongs to another process, or
+    /// the bound is below [`L2_BYTES_MIN`].
+    pub(super) fn open(config: L2Config) -> Result<Store, L2Error> {
+        let dir = config.dir;
+        if config.bytes_max < L2_BYTES_MIN {
+            let reason = format!(
+                "a disk store of {} bytes is too small: l2_cache_size_bytes must be at least {L2_BYTES_MIN}",
+                config.bytes_max
+            );
+            return Err(L2Error::Disk { path: dir, reason });
+        }
+        let disk_error = |error: std::io::Error| L2Error::Disk {
+            path: dir.clone(),
+            reason: error.to_string(),
+        };
+        std::fs::create_dir_all(&dir).map_err(disk_error)?;
+        let lock = lock(&dir)?;
+        let _ = std::fs::remove_file(dir.join(PROBE_FILE));
+        std::fs::create_dir_all(dir.join("index")).map_err(disk_error)?;
+
+        let mut layout = Layout::of(config.bytes_max, None);
+        let mut index = IndexWriter::open(dir.join("index"), layout.index_bytes);
+        let mut known = Vec::new();
+        if let Some((region_bytes, rows)) = index.regions() {
+            let same = Layout::of(config.bytes_max, Some(region_bytes));
+            if u64::from(same.regions) >= REGIONS_MIN.min(layout.regions.into()) {
+                (layout, known) = (same, rows);
+            } else {
+                warn!(dir = %dir.display(), "the disk store's bound has shrunk too far for its regions; it begins empty");
+                index.discard();
+            }
+        }
+        let regions = Regions::open(
+            dir.join("regions"),
+            layout.region_bytes,
+            layout.regions,
+            &known,
+        )
+        .map_err(disk_error)?;
+        // Without an index, entries of a lost one may still lie in the regions: numbers must not return.
+        let clock = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(1, |now| now.as_micros() as u64);
+        let last = known
+            .iter()
+            .map(|(_, generation)| *generation)
+            .max()
+            .unwrap_or(0)
+            .max(clock);
+        let is_index_broken = index.regions().is_none() && index.begin(&regions).is_err();
+
+        let shared = Arc::new(Shared {
+            dir,
+            lock: Mutex::new(Some(lock)),
+            regions,
+            index: index.index().clone(),
+            generation_last: AtomicU64::new(last),
+            pending: Mutex::default(),
+            queued_bytes: AtomicU64::new(0),
+            is_writable: AtomicBool::new(true),
+            is_abandoned: AtomicBool::new(false),
+            writes: AtomicU64::new(0),
+            rewritten: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+            damaged: AtomicU64::new(0),
+        });
+        let (jobs, queue) = sync_channel(QUEUE_JOBS_MAX);
+        let writer = Writer::new(shared.clone(), index, is_index_broken);
+        std::thread::Builder::new()
+            .name("l2-writer".into())
+            .spawn(move || writer.run(queue))
+            .map_err(|error| L2Error::Disk {
+                path: shared.dir.clone(),
+                reason: error.to_string(),
+            })?;
+        Ok(Store {
+            shared,
+            jobs,
+            reads: Arc::new(Semaphore::new(READS_MAX)),
+        })
+    }
+
+    /// The whole slice, verified.
+    pub(super) async fn slice(&self, id: SliceId) -> Option<Slice> {
+        if let Some(slice) = self.pending_slice(id) {
+            return Some(slice);
+        }
+        self.read(move |l2| match l2.row(id)? {
+            SliceRow::Inline(slice) => Some(slice),
+            SliceRow::InRegion(place, sums) => {
+                let bytes = l2.bytes(id, &place, &sums, 0, place.len)?;
+                Slice::verified(bytes, &sums)
+            }
+        })
+        .await
+    }
+
+    /// Bytes `start..end` of a slice: reads and verifies only the pages touched.
+    pub(super) async fn slice_range(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
+        if let Some(slice) = self.pending_slice(id) {
+            let slice_bytes = slice.len() as u32;
+            let (start, end) = cut(start, end, slice_bytes);
+            let bytes = slice.bytes().slice(start as usize..end as usize);
+            return Some(L2Read { bytes, slice_bytes });
+        }
+        self.read(move |l2| match l2.row(id)? {
+            SliceRow::Inline(slice) => {
+                let slice_bytes = slice.len() as u32;
+                let (start, end) = cut(start, end, slice_bytes);
+                Some(L2Read {
+                    bytes: slice.bytes().slice(start as usize..end as usize),
+                    slice_bytes,
+                })
+            }
+            SliceRow::InRegion(place, sums) => {
+                let (start, end) = cut(start, end, place.len);
+                Some(L2Read {
+                    bytes: l2.bytes(id, &place, &sums, start, end)?,
+                    slice_bytes: place.len,
+                })
+            }
+        })
+        .await
+    }
+
+    /// Keeps a slice: queued for the writer; when its queue is full, dropped and counted.
+    pub(super) fn keep_slice(&self, id: SliceId, slice: Slice) {
+        let bytes = slice.len() as u64;
+        if bytes == 0 {
+            return;
+        }
+        // In the map before the queue: the writer takes it out once written.
+        self.shared.pending().slices.insert(id, slice.clone());
+        if !self.reserve(bytes) || !self.queue(Job::Slice(id, slice)) {
+            self.shared.pending().slices.remove(&id);
+            self.shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The manifest (encoded) kept under `key`.
+    pub(super) async fn manifest(&self, key: u128) -> Option<Bytes> {
+        if let Some((_, manifest)) = self.shared.pending().manifests.get(&key) {
+            return manifest.clone();
+        }
+        self.read(move |l2| {
+            let found = l2.intact(l2.shared.index.manifest(key))??;
+            if found.is_old {
+                l2.queue(Job::RenewManifest(key));
+            }
+            Some(found.row)
+        })
+        .await
+    }
+
+    /// Keeps a manifest, replacing the one under `key`. When the writer's
+    /// queue is full it is dropped, and the one before stays.
+    pub(super) fn keep_manifest(&self, key: u128, manifest: Bytes) {
+        self.queue_manifest(key, Some(manifest));
+    }
+
+    /// Forgets the manifest under `key`. When the writer's queue is full it
+    /// stays: whether a manifest may be used is decided by its stamp.
+    pub(super) fn drop_manifest(&self, key: u128) {
+        self.queue_manifest(key, None);
+    }
+
+    /// Waits until everything queued before this call is on disk or dropped.
+    pub(super) async fn settled(&self) {
+        let (done, settled) = oneshot::channel();
+        self.queue_surely(Job::Settle(done)).await;
+        let _ = settled.await;
+    }
+
+    /// What it holds and has done, for the metrics.
+    pub(super) fn stats(&self) -> L2Stats {
+        let shared = &self.shared;
+        L2Stats {
+            bytes: shared.regions.disk_bytes() + shared.index.disk_bytes(),
+            writes: shared.writes.load(Ordering::Relaxed),
+            rewritten: shared.rewritten.load(Ordering::Relaxed),
+            dropped: shared.dropped.load(Ordering::Relaxed),
+            damaged: shared.damaged.load(Ordering::Relaxed),
+            writable: shared.is_writable.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Stops the writer after what is queued; then closes the index. What is
+    /// not written after ten seconds is dropped.
+    pub(super) async fn stop(&self) {
+        let (done, mut stopped) = oneshot::channel();
+        let stopping = async {
+            self.queue_surely(Job::Stop(done)).await;
+            let _ = (&mut stopped).await;
+        };
+        tokio::pin!(stopping);
+        if tokio::time::timeout(STOP_MAX, &mut stopping).await.is_err() {
+            self.shared.is_abandoned.store(true, Ordering::Relaxed);
+            let _ = tokio::time::timeout(STOP_MAX, stopping).await;
+        }
+    }
+
+    /// Runs `read` where it may wait for the disk.
+    async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Store) -> Option<T> + Send + 'static,
+    ) -> Option<T> {
+        let permit = self.reads.clone().acquire_owned().await.ok()?;
+        let l2 = self.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            let found = read(&l2);
+            drop(permit);
+            found
+        });
+        reading.await.ok()?
+    }
+
+    fn row(&self, id: SliceId) -> Option<SliceRow> {
+        let found = self.intact(self.shared.index.slice(id))??;
+        match &found.row {
+            SliceRow::InRegion(place, _) if !self.shared.regions.is_live(place) => return None,
+            SliceRow::Inline(_) if found.is_old => drop(self.queue(Job::RenewSlice(id))),
+            _ => {}
+        }
+        Some(found.row)
+    }
+
+    fn bytes(
+        &self,
+        id: SliceId,
+        place: &Place,
+        sums: &[u32],
+        start: u32,
+        end: u32,
+    ) -> Option<Bytes> {
+        match self.shared.regions.read(place, sums, start, end) {
+            Ok(bytes) => {
+                self.shared.regions.hit(place);
+                Some(bytes)
+            }
+            Err(ReadError::Evicted) => None,
+            Err(ReadError::Damaged) => {
+                self.shared.damaged.fetch_add(1, Ordering::Relaxed);
+                self.queue(Job::Forget(id, *place));
+                None
+            }
+        }
+    }
+
+    /// What the index found; counts it when the index itself is damaged there.
+    fn intact<T>(&self, found: Result<T, fjall::Error>) -> Option<T> {
+        if found.is_err() {
+            self.shared.damaged.fetch_add(1, Ordering::Relaxed);
+        }
+        found.ok()
+    }
+
+    fn pending_slice(&self, id: SliceId) -> Option<Slice> {
+        let slice = self.shared.pending().slices.get(&id).cloned()?;
+        slice.is_intact_in(0..slice.len()).then_some(slice)
+    }
+
+    fn queue_manifest(&self, key: u128, manifest: Option<Bytes>) {
+        let bytes = manifest
+            .as_ref()
+            .map_or(0, |manifest| manifest.len() as u64);
+        let is_reserved = self.reserve(bytes);
+        // Under the lock, so that the queue has the same order as the numbers.
+        let mut pending = self.shared.pending();
+        pending.number += 1;
+        let number = pending.number;
+        if is_reserved && self.queue(Job::Manifest(key, manifest.clone(), number)) {
+            pending.manifests.insert(key, (number, manifest));
+        } else {
+            drop(pending);
+            self.shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts `bytes` as queued, also when that exceeds the bound: then `false`.
+    fn reserve(&self, bytes: u64) -> bool {
+        let before = self.shared.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
+        before + bytes <= QUEUE_BYTES_MAX
+    }
+
+    fn queue(&self, job: Job) -> bool {
+        match self.jobs.try_send(job) {
+            Ok(()) => true,
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => false,
+        }
+    }
+
+    /// Queues a job that must not be dropped, waiting for room.
+    async fn queue_surely(&self, job: Job) {
+        let jobs = self.jobs.clone();
+        let _ = tokio::task::spawn_blocking(move || jobs.send(job)).await;
+    }
+}
+
+impl Shared {
+    pub(super) fn pending(&self) -> std::sync::MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The manifest with this number is in the index, or was dropped.
+    pub(super) fn manifest_done(&self, key: u128, number: u64) {
+        let mut pending = self.pending();
+        if pending
+            .manifests
+            .get(&key)
+            .is_some_and(|(pending, _)| *pending == number)
+        {
+            pending.manifests.remove(&key);
+        }
+    }
+
+    pub(super) fn next_generation(&self) -> u64 {
+        self.generation_last.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Lets another process have the directory.
+    pub(super) fn unlock(&self) {
+        self.lock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+    }
+}
+
+/// How the bound is divided.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    pub(super) index_bytes: u64,
+    pub(super) region_bytes: u32,
+    pub(super) regions: u32,
+}
+
+impl Layout {
+    /// The division of `bytes_max`; with regions of the size that the store has already.
+    pub(super) fn of(bytes_max: u64, region_bytes: Option<u32>) -> Layout {
+        let index_bytes =
+            (bytes_max / INDEX_DIVISOR).max((bytes_max / 4).min(INDEX_SMALL_BYTES_MAX));
+        let left = bytes_max.saturating_sub(index_bytes + SLACK_BYTES);
+        let wanted =
+            (left / REGIONS_WANTED).clamp(REGION_BYTES_WANTED_MIN, REGION_BYTES_MAX.into());
+        let fitting = wanted.min(left / REGIONS_MIN - REGION_SLACK_BYTES);
+        let region_bytes = region_bytes.unwrap_or(fitting as u32);
+        let regions = left / (u64::from(region_bytes).max(1) + REGION_SLACK_BYTES);
+        Layout {
+            index_bytes,
+            region_bytes,
+            regions: u32::try_from(regions).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+fn lock(dir: &Path) -> Result<File, L2Error> {
+    let path = dir.join("lock");
+    let opened = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path);
+    let file = opened.map_err(|error| L2Error::Disk {
+        path: path.clone(),
+        reason: error.to_string(),
+    })?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(L2Error::Locked(dir.to_owned())),
+        Err(error) => Err(L2Error::Disk {
+            path,
+            reason: error.to_string(),
+        }),
+    }
+}
+
+pub(super) fn cut(start: u32, end: u32, len: u32) -> (u32, u32) {
+    let end = end.min(len);
+    (start.min(end), end)
+}

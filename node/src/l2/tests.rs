@@ -1,0 +1,624 @@
+//! The store as its callers see it, and as crashes and bad disks leave it.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use pingora_slice_cluster::Generation;
+
+use super::region::{REGION_BYTES_MAX, disk_bytes};
+use super::row::INLINE_BYTES_MAX;
+use super::store::{
+    L2_BYTES_MIN, Layout, REGION_SLACK_BYTES, REGIONS_MIN, SLACK_BYTES, Store, cut,
+};
+use super::*;
+
+const MIB: u64 = 1 << 20;
+/// Names the directory to a test that runs in a process of its own.
+const CHILD_DIR: &str = "L2_TEST_CHILD_DIR";
+
+fn open(dir: &Path, bytes_max: u64) -> Store {
+    Store::open(L2Config {
+        dir: dir.to_owned(),
+        bytes_max,
+    })
+    .unwrap()
+}
+
+fn id(n: u32) -> SliceId {
+    SliceId {
+        generation: Generation(u128::from(n) << 70 | 7),
+        index: n,
+    }
+}
+
+/// `len` bytes that no other `n` has.
+fn slice(n: u32, len: usize) -> Slice {
+    let mut state = u64::from(n).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    Slice::new(bytes.into())
+}
+
+async fn keep(l2: &Store, n: u32, len: usize) {
+    l2.keep_slice(id(n), slice(n, len));
+    l2.settled().await;
+}
+
+async fn has(l2: &Store, n: u32, len: usize) -> bool {
+    match l2.slice(id(n)).await {
+        Some(found) => {
+            assert_eq!(
+                found.bytes(),
+                slice(n, len).bytes(),
+                "slice {n} is not what was kept"
+            );
+            true
+        }
+        None => false,
+    }
+}
+
+/// Looks at the disk use all the time, not only when the store is at rest.
+struct Watch {
+    dir: PathBuf,
+    is_over: Arc<AtomicBool>,
+    watching: std::thread::JoinHandle<u64>,
+}
+
+impl Watch {
+    fn start(dir: &Path) -> Watch {
+        let (dir, is_over) = (dir.to_owned(), Arc::new(AtomicBool::new(false)));
+        let (watched, until) = (dir.clone(), is_over.clone());
+        let watching = std::thread::spawn(move || {
+            let mut most = 0;
+            while !until.load(Ordering::Relaxed) {
+                most = disk_bytes(&watched).max(most);
+                std::thread::sleep(Duration::from_millis(4));
+            }
+            most
+        });
+        Watch {
+            dir,
+            is_over,
+            watching,
+        }
+    }
+
+    /// The most that was seen.
+    fn most(self) -> u64 {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.watching.join().unwrap().max(disk_bytes(&self.dir))
+    }
+}
+
+fn region_files(dir: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<_> = std::fs::read_dir(dir.join("regions"))
+        .unwrap()
+        .map(|file| file.unwrap().path())
+        .collect();
+    files.sort();
+    files
+}
+
+#[tokio::test]
+async fn gives_back_what_was_kept_now_and_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let sizes = [
+        7,
+        INLINE_BYTES_MAX,
+        INLINE_BYTES_MAX + 1,
+        65_536,
+        65_537,
+        1_048_579,
+        10 << 20,
+    ];
+    let l2 = open(dir.path(), 128 * MIB);
+    for (n, len) in (0..).zip(sizes) {
+        assert!(!has(&l2, n, len).await);
+        keep(&l2, n, len).await;
+        assert!(has(&l2, n, len).await);
+    }
+    assert_eq!(l2.stats().writes, sizes.len() as u64);
+    l2.stop().await;
+    assert!(!has(&l2, 0, 7).await, "a stopped store answers with a miss");
+
+    let before = Instant::now();
+    let l2 = open(dir.path(), 128 * MIB);
+    assert!(has(&l2, 5, sizes[5]).await);
+    assert!(before.elapsed() < Duration::from_secs(2));
+    for (n, len) in (0..).zip(sizes) {
+        assert!(has(&l2, n, len).await);
+        let whole = slice(n, len);
+        let page = 65_536;
+        for (start, end) in [
+            (0, 1),
+            (3, 7),
+            (page - 1, page + 1),
+            (page, 2 * page),
+            (page + 5, u32::MAX),
+            (8, 3),
+        ] {
+            let part = l2.slice_range(id(n), start, end).await.unwrap();
+            let (start, end) = cut(start, end, len as u32);
+            assert_eq!(
+                part.bytes,
+                whole.bytes().slice(start as usize..end as usize)
+            );
+            assert_eq!(part.slice_bytes as usize, len);
+        }
+    }
+    assert_eq!(l2.stats().damaged, 0);
+    l2.stop().await;
+}
+
+#[tokio::test]
+async fn a_manifest_is_there_at_once_and_can_be_replaced_and_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let l2 = open(dir.path(), 32 * MIB);
+    for version in 0..100u32 {
+        let manifest = Bytes::from(version.to_string());
+        l2.keep_manifest(1, manifest.clone());
+        assert_eq!(l2.manifest(1).await, Some(manifest));
+    }
+    l2.keep_manifest(2, Bytes::from_static(b"two"));
+    l2.settled().await;
+    assert!(l2.shared.pending().manifests.is_empty());
+    assert_eq!(l2.manifest(1).await, Some(Bytes::from_static(b"99")));
+    l2.drop_manifest(1);
+    assert_eq!(l2.manifest(1).await, None);
+    l2.stop().await;
+    let l2 = open(dir.path(), 32 * MIB);
+    assert_eq!(l2.manifest(1).await, None);
+    assert_eq!(l2.manifest(2).await, Some(Bytes::from_static(b"two")));
+    l2.stop().await;
+}
+
+/// Four times the store's size passes through; what is asked for stays, the rest leaves, the bound holds.
+#[tokio::test]
+async fn churn_keeps_what_is_asked_for_within_the_bound() {
+    let (dir, bytes_max, len) = (tempfile::tempdir().unwrap(), 64 * MIB, 256 << 10);
+    let l2 = open(dir.path(), bytes_max);
+    let watch = Watch::start(dir.path());
+    let count = (4 * bytes_max / len as u64) as u32;
+    keep(&l2, 0, len).await;
+    for n in 1..=count {
+        keep(&l2, n, len).await;
+        if n % 16 == 0 {
+            assert!(has(&l2, 0, len).await, "lost after {n}");
+            assert!(has(&l2, n - 15, len).await);
+        }
+    }
+    assert!(!has(&l2, 2, len).await);
+    let stats = l2.stats();
+    let most = watch.most();
+    assert!(most <= bytes_max && most > bytes_max / 2, "{most}");
+    assert!(stats.rewritten > 0);
+    assert_eq!((stats.damaged, stats.dropped), (0, 0));
+    let on_disk = disk_bytes(&dir.path().join("regions")) + disk_bytes(&dir.path().join("index"));
+    assert!(
+        stats.bytes.abs_diff(on_disk) < MIB,
+        "{} against {on_disk}",
+        stats.bytes
+    );
+    l2.stop().await;
+}
+
+/// Manifests and small slices alone may be more than the bound, too.
+#[tokio::test]
+async fn small_things_leave_in_order_within_the_bound() {
+    let (dir, bytes_max) = (tempfile::tempdir().unwrap(), 32 * MIB);
+    let l2 = open(dir.path(), bytes_max);
+    let watch = Watch::start(dir.path());
+    let manifest = |n: u32| slice(n, 1500).bytes().clone();
+    keep(&l2, 0, 4000).await;
+    l2.keep_manifest(0, manifest(0));
+    keep(&l2, 1, 300 << 10).await;
+    let count = (bytes_max / 5500) as u32;
+    for n in 2..count {
+        l2.keep_slice(id(n), slice(n, 4000));
+        l2.keep_manifest(n.into(), manifest(n));
+        if n % 32 == 0 {
+            l2.settled().await;
+            assert!(has(&l2, 0, 4000).await, "lost after {n}");
+            assert_eq!(l2.manifest(0).await, Some(manifest(0)), "lost after {n}");
+            assert_eq!(
+                l2.manifest(u128::from(n) - 30).await,
+                Some(manifest(n - 30))
+            );
+        }
+    }
+    assert!(
+        has(&l2, 1, 300 << 10).await,
+        "rows of slices are carried over without being asked for"
+    );
+    assert!(!has(&l2, 2, 4000).await);
+    assert_eq!(l2.stats().dropped, 0);
+    let most = watch.most();
+    assert!(most <= bytes_max, "{most}");
+    l2.stop().await;
+    let l2 = open(dir.path(), bytes_max);
+    assert!(has(&l2, count - 1, 4000).await && has(&l2, 1, 300 << 10).await);
+    assert!(disk_bytes(dir.path()) <= bytes_max);
+    l2.stop().await;
+}
+
+/// Not a test by itself: what `kill_loses_nothing_that_was_settled` starts and kills.
+#[tokio::test]
+#[ignore = "runs in a process of its own, for ever"]
+async fn child_writes_until_killed() {
+    let Some(dir) = std::env::var_os(CHILD_DIR) else {
+        return;
+    };
+    let l2 = open(Path::new(&dir), 48 * MIB);
+    for n in 0.. {
+        for part in 0..4 {
+            let n = n * 4 + part;
+            l2.keep_slice(id(n), slice(n, sized(n)));
+            l2.keep_manifest(n.into(), slice(n, 900).bytes().clone());
+        }
+        l2.settled().await;
+        println!("settled {}", n * 4 + 3);
+    }
+}
+
+fn sized(n: u32) -> usize {
+    [100, 20_000, 300_000, 1 << 20][n as usize % 4]
+}
+
+#[tokio::test]
+async fn kill_loses_nothing_that_was_settled() {
+    let dir = tempfile::tempdir().unwrap();
+    for settled in [3, 15, 150] {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "l2::tests::child_writes_until_killed",
+                "--ignored",
+                "--nocapture",
+            ])
+            .env(CHILD_DIR, dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let reached = lines.find_map(|line| {
+            let n: u32 = line.unwrap().split("settled ").nth(1)?.parse().ok()?;
+            (n >= settled).then_some(n)
+        });
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let reached = reached.unwrap();
+
+        let before = Instant::now();
+        let l2 = open(dir.path(), 48 * MIB);
+        assert!(before.elapsed() < Duration::from_secs(2));
+        for n in reached.saturating_sub(15)..=reached {
+            assert!(has(&l2, n, sized(n)).await, "slice {n} of {reached}");
+            assert_eq!(
+                l2.manifest(n.into()).await.as_ref(),
+                Some(slice(n, 900).bytes())
+            );
+        }
+        for n in 0..reached + 40 {
+            has(&l2, n, sized(n)).await;
+        }
+        // It goes on where the other stopped.
+        keep(&l2, u32::MAX, 100_000).await;
+        assert!(has(&l2, u32::MAX, 100_000).await);
+        assert!(has(&l2, reached, sized(reached)).await);
+        assert_eq!(l2.stats().damaged, 0);
+        assert!(disk_bytes(dir.path()) <= 48 * MIB);
+        l2.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_flipped_bit_is_a_miss_for_its_page_alone() {
+    let (dir, len) = (tempfile::tempdir().unwrap(), 200_000);
+    let l2 = open(dir.path(), 48 * MIB);
+    keep(&l2, 1, len).await;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(&region_files(dir.path())[0])
+        .unwrap();
+    flip(&file, 130_000);
+
+    let first = l2.slice_range(id(1), 0, 65_536).await.unwrap();
+    assert_eq!(first.bytes, slice(1, len).bytes().slice(..65_536));
+    assert!(
+        l2.slice_range(id(1), 129_000, 129_010)
+            .await
+            .is_none_or(|part| part.bytes.len() == 10)
+    );
+    assert!(!has(&l2, 1, len).await);
+    assert!(l2.stats().damaged >= 1);
+    l2.settled().await;
+    assert!(l2.slice_range(id(1), 0, 10).await.is_none(), "dropped");
+    keep(&l2, 1, len).await;
+    assert!(has(&l2, 1, len).await, "fetched again and kept");
+    l2.stop().await;
+}
+
+fn flip(file: &File, at: u64) {
+    use std::os::unix::fs::FileExt;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+}
+
+#[tokio::test]
+async fn truncated_and_missing_regions_are_misses() {
+    let (dir, len) = (tempfile::tempdir().unwrap(), 1 << 20);
+    let l2 = open(dir.path(), 48 * MIB);
+    for n in 0..20 {
+        keep(&l2, n, len).await;
+    }
+    let files = region_files(dir.path());
+    assert!(files.len() >= 2);
+    File::options()
+        .write(true)
+        .open(&files[0])
+        .unwrap()
+        .set_len(5 * MIB / 2)
+        .unwrap();
+    std::fs::remove_file(&files[1]).unwrap();
+    assert!(has(&l2, 0, len).await && has(&l2, 1, len).await);
+    assert!(!has(&l2, 2, len).await && !has(&l2, 19, len).await);
+    assert!(l2.stats().damaged >= 2);
+    l2.stop().await;
+
+    let l2 = open(dir.path(), 48 * MIB);
+    assert!(has(&l2, 0, len).await && !has(&l2, 18, len).await);
+    for n in 20..80 {
+        keep(&l2, n, len).await;
+        assert!(has(&l2, n, len).await);
+    }
+    assert!(disk_bytes(dir.path()) <= 48 * MIB);
+    l2.stop().await;
+}
+
+#[tokio::test]
+async fn a_damaged_index_is_set_aside() {
+    for garbage in [&b"garbage"[..], &[0; 5000], &[0xff; 100_000]] {
+        let dir = tempfile::tempdir().unwrap();
+        let l2 = open(dir.path(), 32 * MIB);
+        keep(&l2, 1, 100_000).await;
+        l2.stop().await;
+        spoil(&dir.path().join("index"), garbage);
+
+        let l2 = open(dir.path(), 32 * MIB);
+        assert!(!has(&l2, 1, 100_000).await);
+        keep(&l2, 2, 100_000).await;
+        assert!(has(&l2, 2, 100_000).await);
+        assert!(l2.stats().writable);
+        l2.stop().await;
+        let l2 = open(dir.path(), 32 * MIB);
+        assert!(has(&l2, 2, 100_000).await);
+        l2.stop().await;
+    }
+}
+
+/// Overwrites every file below `dir`.
+fn spoil(dir: &Path, garbage: &[u8]) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            spoil(&path, garbage);
+        } else {
+            std::fs::write(path, garbage).unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_directory_has_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let l2 = open(dir.path(), 32 * MIB);
+    let second = Store::open(L2Config {
+        dir: dir.path().to_owned(),
+        bytes_max: 32 * MIB,
+    });
+    assert!(matches!(second, Err(L2Error::Locked(_))));
+    l2.stop().await;
+    open(dir.path(), 32 * MIB).stop().await;
+}
+
+#[tokio::test]
+async fn the_bound_may_change_between_runs() {
+    let (dir, len) = (tempfile::tempdir().unwrap(), 1 << 20);
+    let l2 = open(dir.path(), 512 * MIB);
+    for n in 0..200 {
+        keep(&l2, n, len).await;
+    }
+    l2.stop().await;
+    for bytes_max in [256 * MIB, 100 * MIB, 20 * MIB, 400 * MIB] {
+        let l2 = open(dir.path(), bytes_max);
+        assert!(
+            disk_bytes(dir.path()) <= bytes_max,
+            "{bytes_max}: {}",
+            disk_bytes(dir.path())
+        );
+        for n in 200..200 + (2 * bytes_max / MIB) as u32 {
+            keep(&l2, n, len).await;
+            assert!(has(&l2, n, len).await, "{bytes_max}: {n}");
+        }
+        assert!(
+            disk_bytes(dir.path()) <= bytes_max,
+            "{bytes_max}: {}",
+            disk_bytes(dir.path())
+        );
+        l2.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_full_queue_drops_and_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let l2 = open(dir.path(), 64 * MIB);
+    let (big, count) = (slice(1, 1 << 20), 200);
+    for n in 0..count {
+        l2.keep_slice(id(n), big.clone());
+    }
+    l2.settled().await;
+    let stats = l2.stats();
+    assert_eq!(stats.writes + stats.dropped, u64::from(count));
+    assert!(stats.dropped > 0 && stats.writes > 0, "{stats:?}");
+    assert_eq!(l2.shared.queued_bytes.load(Ordering::Relaxed), 0);
+    // One that never fits.
+    l2.keep_slice(id(count), slice(2, 40 << 20));
+    l2.settled().await;
+    assert_eq!(l2.stats().dropped, stats.dropped + 1);
+    l2.stop().await;
+}
+
+#[test]
+fn every_bound_is_divided_without_excess() {
+    assert!(matches!(
+        Store::open(L2Config { dir: "/nonexistent".into(), bytes_max: L2_BYTES_MIN - 1 }),
+        Err(L2Error::Disk { reason, .. }) if reason.contains("l2_cache_size_bytes")
+    ));
+    for bytes_max in [
+        L2_BYTES_MIN,
+        50 * MIB,
+        100 * MIB,
+        200 * MIB,
+        1024 * MIB,
+        10_240 * MIB,
+        4_194_304 * MIB,
+    ] {
+        let layout = Layout::of(bytes_max, None);
+        let regions = u64::from(layout.regions);
+        assert!(
+            regions >= REGIONS_MIN && (regions >= 8 || bytes_max < 150 * MIB),
+            "{bytes_max}: {layout:?}"
+        );
+        let sum = layout.index_bytes
+            + regions * (u64::from(layout.region_bytes) + REGION_SLACK_BYTES)
+            + SLACK_BYTES;
+        assert!(
+            sum <= bytes_max && sum > bytes_max * 3 / 5,
+            "{bytes_max}: {layout:?}"
+        );
+        assert!(layout.region_bytes <= REGION_BYTES_MAX && layout.index_bytes >= 4 * MIB);
+        assert!(Layout::of(bytes_max, Some(u32::MAX)).regions <= layout.regions);
+    }
+}
+
+/// Not a test by itself: `a_full_disk_costs_writes_and_nothing_else` runs it on a small file system.
+#[tokio::test]
+#[ignore = "fills the file system it is given"]
+async fn child_fills_its_disk() {
+    let Some(dir) = std::env::var_os(CHILD_DIR) else {
+        return;
+    };
+    let (dir, len) = (Path::new(&dir), 1 << 20);
+    // The bound is larger than the disk: the store makes do with what it gets.
+    let l2 = open(&dir.join("store"), 512 * MIB);
+    for n in 0..200 {
+        keep(&l2, n, len).await;
+        assert!(has(&l2, n, len).await);
+    }
+    keep(&l2, 1000, 5000).await;
+    assert!(l2.stats().writable);
+
+    // Nothing is left for the index.
+    let held = region_files(&dir.join("store")).len();
+    let filler = File::create(dir.join("filler")).unwrap();
+    fill(&filler);
+    let mut n = 1000;
+    while l2.stats().writable {
+        n += 1;
+        keep(&l2, n, 5000).await;
+    }
+    assert!(l2.stats().dropped > 0);
+    for n in (190..200).chain([1000]) {
+        assert!(
+            has(&l2, n, if n < 1000 { len } else { 5000 }).await,
+            "reading {n} goes on"
+        );
+    }
+
+    // It helps itself by one region; and again, until others make room.
+    until_writable(&l2).await;
+    assert_eq!(region_files(&dir.join("store")).len(), held - 1);
+    fill(&filler);
+    while l2.stats().writable {
+        n += 1;
+        keep(&l2, n, 5000).await;
+    }
+    drop(filler);
+    std::fs::remove_file(dir.join("filler")).unwrap();
+    until_writable(&l2).await;
+    keep(&l2, 3000, len).await;
+    assert!(has(&l2, 3000, len).await && has(&l2, 199, len).await);
+    l2.stop().await;
+    let l2 = open(&dir.join("store"), 512 * MIB);
+    assert!(has(&l2, 3000, len).await && has(&l2, 199, len).await);
+    l2.stop().await;
+    println!("done");
+}
+
+/// Takes all the space there is, in ever smaller steps, as the index may be at work.
+fn fill(filler: &File) {
+    let (mut len, mut step) = (filler.metadata().unwrap().len(), 16 * MIB);
+    while step >= 4096 {
+        match region::allocate(filler, len + step) {
+            Ok(()) => len += step,
+            Err(_) => step /= 2,
+        }
+    }
+}
+
+async fn until_writable(l2: &Store) {
+    let before = Instant::now();
+    while !l2.stats().writable {
+        assert!(
+            before.elapsed() < Duration::from_secs(40),
+            "not tried again"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Runs in a mount namespace; where the system does not allow one, it says so and proves nothing.
+#[test]
+fn a_full_disk_costs_writes_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = "mount -t tmpfs -o size=96m tmpfs \"$0\" || exit 77; exec \"$@\"";
+    let child = Command::new("unshare")
+        .args(["-rm", "sh", "-c", mount])
+        .args([dir.path(), &std::env::current_exe().unwrap()])
+        .args([
+            "--exact",
+            "l2::tests::child_fills_its_disk",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(CHILD_DIR, dir.path())
+        .output();
+    match child {
+        Ok(output) if output.status.success() => {
+            assert!(
+                String::from_utf8_lossy(&output.stdout).contains("done"),
+                "{output:?}"
+            );
+        }
+        Ok(output) if output.status.code() == Some(101) => {
+            panic!("{}", String::from_utf8_lossy(&output.stderr))
+        }
+        refused => eprintln!("not run, no mount namespace here: {refused:?}"),
+    }
+}

@@ -1,0 +1,440 @@
+//! The writer: one thread that takes jobs from a bounded queue, in order.
+//!
+//! It appends slices to the current region and then commits their rows, so a
+//! row never names bytes that were not written. When a region is full it goes
+//! to the next: one never used, else the oldest. That one is started over, and
+//! those of its entries that were hit slide to its front, up to half of it;
+//! the rest are gone. Progress is certain, and what is asked for stays.
+//!
+//! When the disk or the database fails, jobs are dropped and counted, and it
+//! tries again with growing pauses until writing works; readers never wait.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use pingora_slice_cluster::SliceId;
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+use super::index::{IndexWriter, WriteError};
+use super::region::{self, Head, Place};
+use super::row::{INLINE_BYTES_MAX, SliceRow};
+use super::store::{PROBE_FILE, REGIONS_MIN, Shared};
+use crate::l1::Slice;
+
+/// First and longest pause between attempts to write again.
+const RETRY_MIN: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Pause between two steps of housekeeping when there are no jobs.
+const TEND_PAUSE: Duration = Duration::from_millis(5);
+/// Of a region that is started over, at most one part in this many is written again.
+const KEPT_DIVISOR: u32 = 2;
+
+/// What the writer is asked to do.
+pub enum Job {
+    /// Keep a slice.
+    Slice(SliceId, Slice),
+    /// Keep or forget a manifest; the number tells it from later ones under the same key.
+    Manifest(u128, Option<Bytes>, u64),
+    /// The entry was found damaged.
+    Forget(SliceId, Place),
+    /// A small slice in an old part of the index was asked for.
+    RenewSlice(SliceId),
+    /// A manifest in an old part of the index was asked for.
+    RenewManifest(u128),
+    /// Tell when everything before is done.
+    Settle(oneshot::Sender<()>),
+    /// Stop, and tell when the directory is free for others.
+    Stop(oneshot::Sender<()>),
+}
+
+/// Why a job could not be done.
+enum Trouble {
+    /// Drop it, and go on.
+    NoRoom,
+    /// The region files cannot be written.
+    Disk(io::Error),
+    /// The index cannot be written.
+    Index(fjall::Error),
+}
+
+impl From<WriteError> for Trouble {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::NoRoom => Trouble::NoRoom,
+            WriteError::Broken(error) => Trouble::Index(error),
+        }
+    }
+}
+
+impl From<io::Error> for Trouble {
+    fn from(error: io::Error) -> Self {
+        Trouble::Disk(error)
+    }
+}
+
+/// The writer's state. Dropped, also by a panic, it closes the store.
+pub struct Writer {
+    shared: Arc<Shared>,
+    index: IndexWriter,
+    head: Option<Head>,
+    /// While writing does not work: when to try again, and the pause after that.
+    retry: Option<(Instant, Duration)>,
+    /// Whether the index, and not a region file, was what failed.
+    is_index_broken: bool,
+    /// Whether it has been said that the disk is smaller than the bound.
+    is_short: bool,
+    /// Whether space was given up since writing failed.
+    has_given: bool,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.shared.is_writable.store(false, Ordering::Relaxed);
+        self.index.close();
+        self.shared.unlock();
+    }
+}
+
+impl Writer {
+    /// A writer that has not started. `is_index_broken`: there is no index to write to yet.
+    pub fn new(shared: Arc<Shared>, index: IndexWriter, is_index_broken: bool) -> Writer {
+        let mut writer = Writer {
+            shared,
+            index,
+            head: None,
+            retry: None,
+            is_index_broken,
+            is_short: false,
+            has_given: false,
+        };
+        if is_index_broken {
+            writer.fail(&"the index cannot be made");
+        }
+        writer
+    }
+
+    /// Works until told to stop, or until nobody is left who could.
+    pub fn run(mut self, jobs: Receiver<Job>) {
+        self.resume();
+        let stopped = self.work_until_stopped(&jobs);
+        drop(self);
+        if let Some(stopped) = stopped {
+            let _ = stopped.send(());
+        }
+    }
+
+    fn work_until_stopped(&mut self, jobs: &Receiver<Job>) -> Option<oneshot::Sender<()>> {
+        let mut is_busy = true;
+        loop {
+            let wait = match self.retry {
+                Some((at, _)) => at.saturating_duration_since(Instant::now()),
+                None if is_busy => TEND_PAUSE,
+                None => Duration::MAX,
+            };
+            let job = match jobs.recv_timeout(wait) {
+                Ok(Job::Stop(stopped)) => return Some(stopped),
+                Ok(job) => Some(job),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return None,
+            };
+            if self.retry.is_some_and(|(at, _)| Instant::now() >= at) {
+                self.revive();
+            }
+            if let Some(job) = job {
+                self.work(job);
+            }
+            if self.retry.is_none() {
+                let tended = self.index.tend(&self.shared.regions).map_err(Trouble::from);
+                is_busy = matches!(tended, Ok(true));
+                self.note(tended.map(drop));
+            }
+        }
+    }
+
+    fn work(&mut self, job: Job) {
+        let may_write = self.retry.is_none() && !self.shared.is_abandoned.load(Ordering::Relaxed);
+        let done = match job {
+            Job::Slice(id, slice) => {
+                self.shared
+                    .queued_bytes
+                    .fetch_sub(slice.len() as u64, Ordering::Relaxed);
+                let done = if may_write {
+                    self.keep(id, &slice)
+                } else {
+                    Err(Trouble::NoRoom)
+                };
+                let counter = if done.is_ok() {
+                    &self.shared.writes
+                } else {
+                    &self.shared.dropped
+                };
+                counter.fetch_add(1, Ordering::Relaxed);
+                self.shared.pending().slices.remove(&id);
+                done
+            }
+            Job::Manifest(key, manifest, number) => {
+                let done = if may_write {
+                    self.index
+                        .put_manifest(key, manifest.as_deref())
+                        .map_err(Trouble::from)
+                } else {
+                    Err(Trouble::NoRoom)
+                };
+                self.shared
+                    .queued_bytes
+                    .fetch_sub(manifest.map_or(0, |m| m.len() as u64), Ordering::Relaxed);
+                self.shared.manifest_done(key, number);
+                done
+            }
+            Job::Settle(done) => {
+                let _ = done.send(());
+                Ok(())
+            }
+            _ if !may_write => Ok(()),
+            Job::Forget(id, place) => self.forget(id, place),
+            Job::RenewSlice(id) => self.index.renew_slice(id).map_err(Trouble::from),
+            Job::RenewManifest(key) => self.index.renew_manifest(key).map_err(Trouble::from),
+            Job::Stop(_) => Ok(()),
+        };
+        if may_write {
+            self.note(done);
+        }
+    }
+
+    fn keep(&mut self, id: SliceId, slice: &Slice) -> Result<(), Trouble> {
+        if self.is_kept(id) {
+            return Ok(());
+        }
+        if slice.len() <= INLINE_BYTES_MAX {
+            return Ok(self.index.put_slice(id, &SliceRow::Inline(slice.clone()))?);
+        }
+        if region::entry_bytes(slice.len() as u32) > u64::from(self.shared.regions.region_bytes()) {
+            return Err(Trouble::NoRoom);
+        }
+        while !self
+            .head
+            .as_ref()
+            .is_some_and(|head| head.fits(slice.len() as u32))
+        {
+            self.next_region()?;
+        }
+        self.append(id, slice)
+    }
+
+    fn append(&mut self, id: SliceId, slice: &Slice) -> Result<(), Trouble> {
+        let Some(head) = &mut self.head else {
+            return Err(Trouble::NoRoom);
+        };
+        let place = head.append(id, slice)?;
+        Ok(self
+            .index
+            .put_slice(id, &SliceRow::InRegion(place, slice.sums().collect()))?)
+    }
+
+    fn is_kept(&self, id: SliceId) -> bool {
+        match self.shared.index.slice(id) {
+            Ok(Some(found)) => match found.row {
+                SliceRow::InRegion(place, _) => self.shared.regions.is_live(&place),
+                SliceRow::Inline(_) => !found.is_old,
+            },
+            _ => false,
+        }
+    }
+
+    fn forget(&mut self, id: SliceId, damaged: Place) -> Result<(), Trouble> {
+        match self.shared.index.slice(id) {
+            Ok(Some(found)) => match found.row {
+                // Unless it has been written again since.
+                SliceRow::InRegion(place, _) if place == damaged => {
+                    Ok(self.index.forget_slice(id)?)
+                }
+                _ => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+
+    /// Goes on where the writer before this one stopped: behind the last entry of the newest region.
+    fn resume(&mut self) {
+        let regions = &self.shared.regions;
+        let Some(region) = regions.newest() else {
+            return;
+        };
+        let Ok(file) = regions.file(region) else {
+            return;
+        };
+        let generation = regions.generation(region);
+        let mut entries = regions.entries(&file, region, generation);
+        entries.by_ref().for_each(drop);
+        let at = entries.at();
+        self.head = Some(Head {
+            region,
+            generation,
+            file,
+            at,
+            region_bytes: regions.region_bytes(),
+        });
+    }
+
+    /// Takes the next region: one never used while the disk has room, else the oldest.
+    fn next_region(&mut self) -> Result<(), Trouble> {
+        self.head = None;
+        let shared = self.shared.clone();
+        let regions = &shared.regions;
+        let oldest = regions.oldest(|generation| generation > 0);
+        let unused = regions.oldest(|generation| generation == 0);
+        let (region, file) = match (unused.map(|region| (region, self.grow(region))), oldest) {
+            (Some((region, Ok(file))), _) => (region, file),
+            (None, Some(oldest)) => (oldest, regions.file(oldest)?),
+            (Some((_, Err(error))), Some(oldest)) => {
+                if !std::mem::replace(&mut self.is_short, true) {
+                    warn!(dir = %shared.dir.display(), %error, "the disk is smaller than the disk store's bound; it makes do");
+                }
+                (oldest, regions.file(oldest)?)
+            }
+            (Some((_, Err(error))), None) => return Err(error.into()),
+            (None, None) => return Err(Trouble::NoRoom),
+        };
+        let before = regions.generation(region);
+        let generation = shared.next_generation();
+        // From the commit on the old rows are dead, also after a crash.
+        self.index.put_region(region, generation)?;
+        regions.start_over(region, generation);
+        self.head = Some(Head {
+            region,
+            generation,
+            file: file.try_clone()?,
+            at: 0,
+            region_bytes: regions.region_bytes(),
+        });
+        let kept = if before > 0 {
+            self.keep_hit(&file, region, before)
+        } else {
+            Ok(())
+        };
+        regions.clear_hits(region);
+        kept
+    }
+
+    /// The file of a region never used, unless the index could not grow then.
+    fn grow(&self, region: u32) -> io::Result<File> {
+        let regions = &self.shared.regions;
+        let region_bytes = u64::from(regions.region_bytes());
+        let disk = rustix::fs::statvfs(&self.shared.dir)?;
+        if disk.f_bavail * disk.f_frsize < region_bytes + region_bytes.min(self.index.free_bytes())
+        {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        regions.file(region)
+    }
+
+    /// Writes entries of the region's last generation again that were hit. Each
+    /// is read before its place is written over, as entries only move forward.
+    fn keep_hit(&mut self, file: &File, region: u32, before: u64) -> Result<(), Trouble> {
+        let shared = self.shared.clone();
+        let regions = &shared.regions;
+        let kept_max = regions.region_bytes() / KEPT_DIVISOR;
+        for (id, place, sums) in regions.entries(file, region, before) {
+            if !regions.was_hit(&place) || !self.points_to(id, &place) {
+                continue;
+            }
+            let at = self.head.as_ref().map_or(0, |head| head.at);
+            if u64::from(at) + region::entry_bytes(place.len) > u64::from(kept_max) {
+                continue;
+            }
+            let Ok(bytes) = regions.read(&place, &sums, 0, place.len) else {
+                continue;
+            };
+            let Some(slice) = Slice::verified(bytes, &sums) else {
+                continue;
+            };
+            self.append(id, &slice)?;
+            shared.rewritten.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn points_to(&self, id: SliceId, place: &Place) -> bool {
+        match self.shared.index.slice(id) {
+            Ok(Some(found)) => matches!(found.row, SliceRow::InRegion(row, _) if row == *place),
+            _ => false,
+        }
+    }
+
+    fn note(&mut self, done: Result<(), Trouble>) {
+        match done {
+            Ok(()) | Err(Trouble::NoRoom) => {}
+            Err(Trouble::Disk(error)) => self.fail(&error),
+            Err(Trouble::Index(error)) => {
+                self.is_index_broken = true;
+                self.fail(&error);
+            }
+        }
+    }
+
+    fn fail(&mut self, error: &dyn std::fmt::Display) {
+        let pause = self
+            .retry
+            .map_or(RETRY_MIN, |(_, pause)| (pause * 2).min(RETRY_MAX));
+        self.retry = Some((Instant::now() + pause, pause));
+        self.head = None;
+        if self.shared.is_writable.swap(false, Ordering::Relaxed) {
+            warn!(dir = %self.shared.dir.display(), %error, "the disk store cannot be written; reading goes on, writing is tried again");
+        }
+    }
+
+    fn revive(&mut self) {
+        let probed = match self.probe() {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull && self.give_way() => {
+                self.probe()
+            }
+            probed => probed,
+        };
+        match probed
+            .map_err(Trouble::from)
+            .and_then(|()| self.mend_index())
+        {
+            Ok(()) => {
+                self.retry = None;
+                self.is_index_broken = false;
+                self.has_given = false;
+                self.resume();
+                self.shared.is_writable.store(true, Ordering::Relaxed);
+                info!(dir = %self.shared.dir.display(), "the disk store can be written again");
+            }
+            Err(trouble) => self.note(Err(trouble)),
+        }
+    }
+
+    fn mend_index(&mut self) -> Result<(), Trouble> {
+        if self.is_index_broken {
+            self.index
+                .mend(&self.shared.regions)
+                .map_err(Trouble::Index)?;
+        }
+        Ok(())
+    }
+
+    /// Frees space for the index on a full disk: the oldest region, or else
+    /// the oldest epoch; once for each failure, as the space may go to others.
+    fn give_way(&mut self) -> bool {
+        !std::mem::replace(&mut self.has_given, true)
+            && (self.shared.regions.release_oldest(REGIONS_MIN as usize) || self.index.evict())
+    }
+
+    /// Whether the disk takes a file again, as large as what is written next.
+    fn probe(&self) -> io::Result<()> {
+        let path = self.shared.dir.join(PROBE_FILE);
+        std::fs::create_dir_all(&self.shared.dir)?;
+        let probed =
+            File::create(&path).and_then(|file| region::allocate(&file, self.index.step_bytes()));
+        let _ = std::fs::remove_file(&path);
+        probed
+    }
+}

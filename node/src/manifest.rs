@@ -1,0 +1,298 @@
+//! The head of one variant of one object: what a node must know to answer from
+//! its slices. Values only, and their form on disk and wire.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+use pingora_slice_cluster::purge::Subject;
+use pingora_slice_cluster::slice::{HashKey, slice_count};
+use pingora_slice_cluster::wire::{Headers, Version};
+use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
+use serde::{Deserialize, Serialize};
+
+/// First byte of an encoded [`Record`].
+const RECORD_VERSION: u8 = 2;
+
+const DOMAIN_GENERATION: u8 = 32;
+const DOMAIN_VARIANT: u8 = 33;
+
+/// What is stored under a manifest key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Record {
+    /// The object has one variant, or this is one of several.
+    Manifest(Box<Manifest>),
+    /// The object varies by these request fields (lower-case): look under
+    /// [`variant_key`].
+    Varies {
+        /// The full text behind the key.
+        url: Url,
+        /// Field names.
+        by: Vec<String>,
+    },
+}
+
+/// Host (normalised) and target (raw path and query) of an object.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Url {
+    /// Lower-case, without the scheme's default port.
+    pub host: String,
+    /// Path and query as sent to the origin.
+    pub target: String,
+}
+
+impl std::fmt::Display for Url {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.host, self.target)
+    }
+}
+
+/// See the module's text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The full text behind the key: compared on a hit, so that a collision
+    /// can never serve another object.
+    pub url: Url,
+    /// Status to answer with: 200, or what the origin said of the whole.
+    pub status: u16,
+    /// End-to-end fields as received, without Content-Length, Age, and the
+    /// Content-Range of a 206.
+    pub headers: Headers,
+    /// The version of the bytes.
+    pub generation: Generation,
+    /// What pins a fill to that version.
+    pub version: Version,
+    /// The slice that came with the manifest; it lives with the manifest's
+    /// owner, so that nobody asks the origin for it again.
+    pub probe: u32,
+    /// Purge index applied before the origin was asked (invariant 1).
+    pub stamp: PurgeIndex,
+    /// Names under which a purge covers it.
+    pub subject: Subject,
+    /// Request fields that select this variant, with their normalised values.
+    pub variant: Vec<(String, String)>,
+    /// The bytes that are held, where the origin chose which to give: what a
+    /// request wants beyond them is asked for anew, never put together.
+    pub part: Option<(u64, u64)>,
+    /// Freshness.
+    pub freshness: Freshness,
+}
+
+/// What freshness needs (RFC 9111 section 4.2); times are Unix milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Freshness {
+    /// When the response arrived.
+    pub received_ms: u64,
+    /// Corrected initial age, seconds (section 4.2.3).
+    pub initial_age: u64,
+    /// Freshness lifetime, seconds (section 4.2.1).
+    pub lifetime: u64,
+    /// Never used without validation (`no-cache`).
+    pub no_cache: bool,
+    /// Never used stale (`must-revalidate`, `proxy-revalidate`, `s-maxage`).
+    pub must_revalidate: bool,
+    /// `stale-while-revalidate`, seconds (RFC 5861).
+    pub stale_while_revalidate: u64,
+    /// `stale-if-error`, seconds (RFC 5861).
+    pub stale_if_error: u64,
+}
+
+impl Freshness {
+    /// Current age, seconds (section 4.2.3).
+    pub fn age(&self, now_ms: u64) -> u64 {
+        self.initial_age + now_ms.saturating_sub(self.received_ms) / 1000
+    }
+
+    /// Whether the response is fresh; a validation may still be needed.
+    pub fn is_fresh(&self, now_ms: u64) -> bool {
+        self.age(now_ms) < self.lifetime
+    }
+
+    /// How long it has been stale, seconds; 0 while fresh.
+    pub fn staleness(&self, now_ms: u64) -> u64 {
+        (self.age(now_ms) + 1).saturating_sub(self.lifetime)
+    }
+}
+
+impl Manifest {
+    /// Total length, once known.
+    pub fn length(&self) -> Option<u64> {
+        self.version.length
+    }
+
+    /// Where slice `index` is placed on the ring.
+    pub fn place(&self, index: u32) -> u32 {
+        if self.version.whole || index == self.probe {
+            0
+        } else {
+            index
+        }
+    }
+
+    /// Number of slices, once the length is known.
+    pub fn slices(&self) -> Option<u64> {
+        Some(slice_count(self.version.length?, self.version.slice_bytes))
+    }
+
+    /// Value of the first field called `name`.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let (_, value) = self
+            .headers
+            .iter()
+            .find(|(n, _)| n.eq_ignore_ascii_case(name))?;
+        std::str::from_utf8(value).ok()
+    }
+}
+
+/// A manifest in memory, with the floor version it was last checked at: a hit
+/// after no new purge costs one comparison.
+#[derive(Debug)]
+pub struct Stored {
+    /// The manifest.
+    pub manifest: Manifest,
+    checked: AtomicU64,
+}
+
+impl Stored {
+    /// A manifest that has not been checked yet.
+    pub fn new(manifest: Manifest) -> Self {
+        Stored {
+            manifest,
+            checked: AtomicU64::new(u64::MAX),
+        }
+    }
+
+    /// Whether it passed the floors at `version`.
+    pub fn is_checked(&self, version: u64) -> bool {
+        self.checked.load(Ordering::Relaxed) == version
+    }
+
+    /// It passed the floors at `version`, read before they were.
+    pub fn checked(&self, version: u64) {
+        self.checked.store(version, Ordering::Relaxed);
+    }
+}
+
+/// Form of a record on disk and wire: a version byte, then bincode.
+pub fn encode(record: &Record) -> Vec<u8> {
+    let mut bytes = vec![RECORD_VERSION];
+    bincode::serde::encode_into_std_write(record, &mut bytes, bincode::config::standard())
+        .expect("writing to a Vec cannot fail");
+    bytes
+}
+
+/// Reads what [`encode`] wrote; `None` for another version or damage.
+pub fn decode(bytes: &[u8]) -> Option<Record> {
+    let (version, rest) = bytes.split_first()?;
+    if *version != RECORD_VERSION {
+        return None;
+    }
+    let config = bincode::config::standard().with_limit::<{ 4 * 1024 * 1024 }>();
+    let (record, read) = bincode::serde::decode_from_slice(rest, config).ok()?;
+    (read == rest.len()).then_some(record)
+}
+
+/// The version of the bytes that a response's validators name.
+///
+/// A strong validator names it alone, so that a confirmed or re-fetched object
+/// keeps its slices. Anything weaker is good for one fill only: the stamp and
+/// the time of arrival set it apart from every other.
+pub fn generation(
+    key: &HashKey,
+    object: ObjectKey,
+    version: &Version,
+    strong: bool,
+    stamp: PurgeIndex,
+    received_ms: u64,
+) -> Generation {
+    let fill = if strong {
+        [0; 2]
+    } else {
+        [stamp.0, received_ms]
+    };
+    let etag = version.etag.as_deref().filter(|tag| !tag.starts_with("W/"));
+    Generation(
+        key.hash128(
+            DOMAIN_GENERATION,
+            &[
+                &object.0.to_be_bytes(),
+                etag.unwrap_or_default().as_bytes(),
+                version
+                    .last_modified
+                    .as_deref()
+                    .filter(|_| etag.is_none())
+                    .unwrap_or_default()
+                    .as_bytes(),
+                &version.length.unwrap_or(u64::MAX).to_be_bytes(),
+                &version.slice_bytes.to_be_bytes(),
+                &version.hard.0.to_be_bytes(),
+                &fill[0].to_be_bytes(),
+                &fill[1].to_be_bytes(),
+            ],
+        ),
+    )
+}
+
+/// The key under which the variant that `request` selects is stored.
+pub fn variant_key(key: &HashKey, object: ObjectKey, variant: &[(String, String)]) -> u128 {
+    if variant.is_empty() {
+        return object.0;
+    }
+    let object = object.0.to_be_bytes();
+    let mut parts: Vec<&[u8]> = vec![&object];
+    for (name, value) in variant {
+        parts.push(name.as_bytes());
+        parts.push(value.as_bytes());
+    }
+    key.hash128(DOMAIN_VARIANT, &parts)
+}
+
+/// The request's values of the fields that an object varies by, normalised as
+/// RFC 9111 section 4.1 allows: lines joined, white space around commas
+/// dropped, lower-case where the field is case-insensitive, sorted where the
+/// order says nothing.
+pub fn variant_of(by: &[String], request: &Headers) -> Vec<(String, String)> {
+    by.iter()
+        .map(|name| {
+            let values: Vec<String> = request
+                .iter()
+                .filter(|(n, _)| n.eq_ignore_ascii_case(name))
+                .flat_map(|(_, v)| {
+                    String::from_utf8_lossy(v)
+                        .split(',')
+                        .map(|part| part.split_ascii_whitespace().collect::<Vec<_>>().join(" "))
+                        .filter(|part| !part.is_empty())
+                        .collect::<Vec<_>>()
+                })
+                .collect();
+            let mut values = values;
+            if matches!(name.as_str(), "accept-encoding" | "accept-language") {
+                // Weights tell what is preferred, not the order (RFC 9110
+                // sections 12.5.3 and 12.5.4).
+                values.iter_mut().for_each(|v| v.make_ascii_lowercase());
+                values.sort();
+            }
+            (name.clone(), values.join(","))
+        })
+        .collect()
+}
+
+/// Header fields as a list, for manifests and frames.
+pub fn to_headers(map: &HeaderMap) -> Headers {
+    map.iter()
+        .map(|(n, v)| (n.as_str().to_owned(), v.as_bytes().to_vec()))
+        .collect()
+}
+
+/// Header fields as a map; what is not a valid field is left out.
+pub fn to_map(headers: &Headers) -> HeaderMap {
+    let mut map = HeaderMap::with_capacity(headers.len());
+    for (name, value) in headers {
+        if let (Ok(name), Ok(value)) = (
+            HeaderName::from_bytes(name.as_bytes()),
+            HeaderValue::from_bytes(value),
+        ) {
+            map.append(name, value);
+        }
+    }
+    map
+}

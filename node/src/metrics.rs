@@ -1,0 +1,525 @@
+//! Every metric, declared once. This file is the operator's manual: the text
+//! above a field is also its `HELP` line, its name without `pingora_slice_` is
+//! the field's.
+//!
+//! Counters and histograms are counted where the fact is known, once; gauges
+//! are read when somebody looks ([`Metrics::render`]). A series whose labels
+//! are known in advance exists from the start, at 0, so that a rate over it
+//! never begins with a hole. One registry per node and nothing global: several
+//! nodes live in one process in the tests.
+//!
+//! Not here: how the metrics of several nodes become one page ([`merge`]).
+
+pub mod merge;
+
+use std::sync::{Mutex, PoisonError};
+
+use pingora_slice_cluster::{NodeId, PurgeIndex};
+use prometheus::core::Collector;
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
+    Registry, TextEncoder,
+};
+
+use crate::budget::Sum;
+use crate::l2::L2Stats;
+
+/// What every name begins with.
+pub const PREFIX: &str = "pingora_slice_";
+
+/// Seconds: from a hit in memory to a large object over a slow line.
+const SERVE_SECONDS: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+/// Seconds: a purge takes one round of the cluster, or at worst one and a half leases.
+const PURGE_SECONDS: &[f64] = &[
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+];
+
+/// Declares the struct, its registration and its manual in one table:
+/// `name: Kind`, then `{label = [known values]}` (none known: created when
+/// first counted), then `in BUCKETS`.
+macro_rules! metrics {
+    ($(
+        $(#[doc = $help:literal])+
+        $name:ident: $kind:ident $({$($label:ident = [$($value:literal)*]),+})? $(in $buckets:ident)?;
+    )+) => {
+        /// All metrics of one node. See each field.
+        #[derive(Debug)]
+        pub struct Metrics {
+            registry: Registry,
+            /// Held while gauges are set and read, so that two scrapes do not mix.
+            scrape: Mutex<()>,
+            $($(#[doc = $help])+ pub $name: $kind,)+
+        }
+
+        impl Metrics {
+            /// All metrics, at 0.
+            pub fn new() -> Metrics {
+                let registry = Registry::new();
+                Metrics {
+                    $($name: $kind::register(&registry, &Declaration {
+                        name: stringify!($name),
+                        help: concat!($($help),+),
+                        labels: &[$($((stringify!($label), &[$($value),*] as &[&str])),+)?],
+                        buckets: (&[$($buckets)?] as &[&[f64]]).first().copied().unwrap_or_default(),
+                    }),)+
+                    scrape: Mutex::new(()),
+                    registry,
+                }
+            }
+        }
+    };
+}
+
+metrics! {
+    // Requests.
+    /// Client requests, PURGE not counted. Worry when it stops.
+    requests_total: IntCounter;
+    /// Client requests answered through slices.
+    sliced_requests_total: IntCounter;
+    /// Client requests passed to the origin untouched (methods, no-store, uncacheable, too large). Worry when its share grows: the cache is being bypassed.
+    passthrough_requests_total: IntCounter;
+    /// The same, and answers that were not kept, by reason. Worry when one grows that the origin did not mean: its answers lost their freshness, or got a cookie.
+    passes_total: IntCounterVec {reason = []};
+    /// Client responses, by what X-Cache said. Worry when PASS or MISS grows against HIT.
+    responses_total: IntCounterVec {cache = ["HIT" "MISS" "STALE" "REVALIDATED" "PASS"]};
+    /// Seconds from a request's head to the last byte of its answer. Depends on object sizes and clients' lines: compare it with itself.
+    request_duration_seconds: Histogram in SERVE_SECONDS;
+    /// Seconds from a request's head to the first byte of its answer. What a user feels; worry when the 99th percentile leaves the origin's own.
+    time_to_first_byte_seconds: Histogram in SERVE_SECONDS;
+    /// Milliseconds, average since start of request_duration_seconds.
+    request_duration_ms_avg: Gauge;
+    /// Seconds in which the slices of one answer were read and put in order, waiting for the client not counted.
+    assembly_duration_seconds: Histogram in SERVE_SECONDS;
+    /// Milliseconds, average since start of assembly_duration_seconds.
+    assembly_duration_ms_avg: Gauge;
+
+    // Cache.
+    /// Slices delivered without asking the origin for them.
+    cache_hits_total: IntCounter;
+    /// Slices that the origin had to be asked for.
+    cache_misses_total: IntCounter;
+    /// Percent, 0 to 100: hits of hits and misses since start. Worry below 50 for ten minutes.
+    cache_hit_rate: Gauge;
+    /// Failures of the disk store that requests went on without: damaged entries, dropped writes. Worry when it grows at all.
+    cache_errors_total: IntCounter;
+    /// Slices delivered, by source. Worry when origin grows while l1 and l2 do not.
+    slices_total: IntCounterVec {source = ["l1" "l2" "flight" "peer" "origin"]};
+    /// Bytes in the memory store; at most l1_cache_size_bytes.
+    l1_bytes: Gauge;
+    /// Bytes on disk, everything counted; at most l2_cache_size_bytes.
+    l2_bytes: Gauge;
+    /// Slices in memory found damaged, dropped and fetched again. Worry when it grows at all: the memory is failing.
+    l1_damaged_total: IntCounter;
+    /// Parts of slices that were damaged between landing and the client's socket, and had from another source. Worry when it grows at all: the memory is failing.
+    parts_damaged_total: IntCounter;
+    /// Bytes of memory_budget, by part: the stated sum. Worry when the process's resident memory is more than a tenth above their sum.
+    memory_budget_bytes: GaugeVec {part = ["fixed" "queue" "l1" "connections" "transfers"]};
+    /// Bytes of memory_budget taken now. Worry when connections or transfers stay near their part: requests wait.
+    memory_taken_bytes: GaugeVec {part = ["l1" "connections" "transfers"]};
+    /// Requests, slices and connections refused because no memory came free in time. Worry when it grows: memory_budget is too small for the load.
+    memory_refusals_total: IntCounter;
+    /// Times that an answer let go of its read-ahead, because its client had taken nothing for a second.
+    answers_stalled_total: IntCounter;
+    /// Clients let go because they took their answer too slowly (client_timeouts), or for longer than its total.
+    clients_too_slow_total: IntCounter;
+    /// Slices written to disk.
+    l2_writes_total: IntCounter;
+    /// Slices not written to disk because the writer was behind or the disk failed. Worry when it keeps growing: the disk is too slow.
+    l2_writes_dropped_total: IntCounter;
+    /// Entries on disk found damaged, dropped and fetched again. Worry when it grows at all: the disk loses data.
+    l2_damaged_total: IntCounter;
+    /// 0 while the disk store is configured and cannot be written, else 1. Worry at 0: the disk is full, unreadable or gone.
+    l2_writable: Gauge;
+
+    // Origin.
+    /// Fetches from the origin on behalf of requests, each with all of its tries.
+    subrequests_total: IntCounter;
+    /// Fetches that failed after the last try. Worry above 1 percent of subrequests_total.
+    failed_subrequests_total: IntCounter;
+    /// Tries beyond a fetch's first. Worry when it grows like subrequests_total: the origin is flaky.
+    retried_subrequests_total: IntCounter;
+    /// Percent, 0 to 100: failed of all fetches since start. Worry above 5 for five minutes.
+    subrequest_failure_rate: Gauge;
+    /// Seconds from a fetch's start to its last byte, all tries counted.
+    subrequest_duration_seconds: Histogram in SERVE_SECONDS;
+    /// Milliseconds, average since start of subrequest_duration_seconds.
+    subrequest_duration_ms_avg: Gauge;
+    /// Requests sent to the origin by the cache, every try counted. The origin's own count should agree.
+    origin_fetches_total: IntCounter;
+    /// Faults found when putting slices together: the origin changed, lied about a range, broke off. Worry when it grows: the origin serves several versions at once.
+    stitch_faults_total: IntCounterVec {reason = []};
+
+    // Bytes.
+    /// Body bytes received from the origin.
+    bytes_from_origin_total: IntCounter;
+    /// Body bytes taken from this node's memory and disk.
+    bytes_from_cache_total: IntCounter;
+    /// Body bytes received from other nodes.
+    bytes_from_peers_total: IntCounter;
+    /// Body bytes sent to clients.
+    bytes_to_client_total: IntCounter;
+
+    // Purges.
+    /// Purges asked for at this node, by what they named. A request that names several kinds counts once for each.
+    purge_requests_total: IntCounterVec {method = ["url" "prefix" "all" "tag" "host"]};
+    /// The same, by how they ended. Worry about failure: nothing was promised to those callers (no quorum, or malformed).
+    purge_requests_by_result: IntCounterVec {method = ["url" "prefix" "all" "tag" "host"], result = ["success" "failure" "auth_failure"]};
+    /// Things that confirmed purges named: 1 for a URL, a tag, a prefix. Not the number of objects that were stored.
+    purge_items_total: IntCounterVec {method = ["url" "prefix" "all" "tag" "host"]};
+    /// Seconds until a purge was confirmed on every node. Worry above one lease: nodes are being waited for or fenced.
+    purge_duration_seconds: HistogramVec {method = ["url" "prefix" "all" "tag" "host"]} in PURGE_SECONDS;
+    /// Purges refused for their token. Worry about invalid_token: somebody is guessing, or a deployment has the wrong one.
+    purge_auth_failures_total: IntCounterVec {reason = ["missing_token" "invalid_token" "not_loopback"]};
+    /// Times that another node was asked what it makes of a purge just answered (at most ten purges a second).
+    observations_total: IntCounter;
+    /// Of these, with the promise broken: it would have answered with older bytes. Always 0; else report it, with the log.
+    stale_after_ack_total: IntCounter;
+
+    // Cluster.
+    /// Requests to other nodes, by node and how they ended. Worry about a peer whose share of ok falls.
+    peer_requests_total: IntCounterVec {peer = [], result = []};
+    /// 1 if this node has reached that one within the last few seconds, else 0. Worry at 0 for a minute.
+    node_up: GaugeVec {node = []};
+    /// Log index of the ring in use. Worry when nodes differ for longer than a few seconds.
+    ring_epoch: Gauge;
+    /// Highest applied log index. Worry when a node stays behind the others.
+    purge_index: Gauge;
+    /// 1 while this node may answer from its cache, else 0: then it asks the origin for everything. Worry at 0 for more than a few seconds.
+    lease_valid: Gauge;
+    /// 1, for its label: the release that runs here.
+    build_info: GaugeVec {version = []};
+}
+
+/// What is read from the node at a scrape.
+#[derive(Clone, Debug, Default)]
+pub struct Gauges {
+    /// Bytes in the memory store.
+    pub l1_bytes: u64,
+    /// The stated sum of the memory budget.
+    pub memory: Option<Sum>,
+    /// Bytes taken by connections, and by transfers.
+    pub memory_taken: (u64, u64),
+    /// The disk store; `None` when switched off.
+    pub l2: Option<L2Stats>,
+    /// Log index of the ring.
+    pub ring_epoch: u64,
+    /// Highest applied log index.
+    pub purge_index: PurgeIndex,
+    /// Whether this node may answer from its cache.
+    pub lease_valid: bool,
+    /// Members, and whether they were reached lately.
+    pub nodes_up: Vec<(NodeId, bool)>,
+}
+
+impl Metrics {
+    /// The metrics in the Prometheus text format, gauges as of now.
+    pub fn render(&self, gauges: &Gauges) -> String {
+        let _one_at_a_time = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        let rates = [
+            (
+                &self.cache_hit_rate,
+                &self.cache_hits_total,
+                self.lookups_total(),
+            ),
+            (
+                &self.subrequest_failure_rate,
+                &self.failed_subrequests_total,
+                self.subrequests_total.get(),
+            ),
+        ];
+        for (rate, part, whole) in rates {
+            rate.set(percent(part.get() as f64, whole as f64));
+        }
+        let averages = [
+            (
+                &self.request_duration_ms_avg,
+                &self.request_duration_seconds,
+            ),
+            (
+                &self.assembly_duration_ms_avg,
+                &self.assembly_duration_seconds,
+            ),
+            (
+                &self.subrequest_duration_ms_avg,
+                &self.subrequest_duration_seconds,
+            ),
+        ];
+        for (average, of) in averages {
+            average.set(average_ms(
+                of.get_sample_sum(),
+                of.get_sample_count() as f64,
+            ));
+        }
+        self.l1_bytes.set(gauges.l1_bytes as f64);
+        let (connections, transfers) = gauges.memory_taken;
+        let taken = [
+            ("l1", gauges.l1_bytes),
+            ("connections", connections),
+            ("transfers", transfers),
+        ];
+        let stated = gauges.memory.map(|sum| {
+            [
+                ("fixed", sum.fixed),
+                ("queue", sum.queue),
+                ("l1", sum.l1),
+                ("connections", sum.connections),
+                ("transfers", sum.transfers),
+            ]
+        });
+        for (gauge, parts) in [
+            (&self.memory_taken_bytes, &taken[..]),
+            (&self.memory_budget_bytes, stated.as_slice().as_flattened()),
+        ] {
+            for (part, bytes) in parts {
+                gauge.with_label_values(&[part]).set(*bytes as f64);
+            }
+        }
+        let l2 = gauges.l2.unwrap_or(L2Stats {
+            writable: true,
+            ..L2Stats::default()
+        });
+        self.l2_bytes.set(l2.bytes as f64);
+        self.l2_writable.set(f64::from(l2.writable));
+        // The store counts for itself, without knowing of metrics.
+        catch_up(&self.l2_writes_total, l2.writes);
+        catch_up(&self.l2_writes_dropped_total, l2.dropped);
+        catch_up(&self.l2_damaged_total, l2.damaged);
+        catch_up(&self.cache_errors_total, l2.dropped + l2.damaged);
+        self.ring_epoch.set(gauges.ring_epoch as f64);
+        self.purge_index.set(gauges.purge_index.0 as f64);
+        self.lease_valid.set(f64::from(gauges.lease_valid));
+        // Nodes that have left the cluster leave the page.
+        self.node_up.reset();
+        for (node, up) in &gauges.nodes_up {
+            self.node_up
+                .with_label_values(&[&node.to_string()])
+                .set(f64::from(*up));
+        }
+        self.build_info
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .set(1.0);
+        let families = self.registry.gather();
+        TextEncoder::new()
+            .encode_to_string(&families)
+            .expect("a family without series is not gathered, and nothing else fails")
+    }
+
+    /// Slices looked for: hits and misses.
+    pub fn lookups_total(&self) -> u64 {
+        self.cache_hits_total.get() + self.cache_misses_total.get()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Metrics::new()
+    }
+}
+
+/// `part` of `whole`, 0 to 100; 0 of nothing.
+fn percent(part: f64, whole: f64) -> f64 {
+    if whole > 0.0 {
+        100.0 * part / whole
+    } else {
+        0.0
+    }
+}
+
+/// Average in milliseconds; 0 of nothing.
+fn average_ms(sum_seconds: f64, count: f64) -> f64 {
+    if count > 0.0 {
+        1000.0 * sum_seconds / count
+    } else {
+        0.0
+    }
+}
+
+/// Raises a counter to what another part of the node has counted.
+fn catch_up(counter: &IntCounter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
+}
+
+/// One line of the table at the top.
+struct Declaration {
+    name: &'static str,
+    help: &'static str,
+    labels: &'static [(&'static str, &'static [&'static str])],
+    buckets: &'static [f64],
+}
+
+impl Declaration {
+    fn opts(&self) -> Opts {
+        Opts::new(format!("{PREFIX}{}", self.name), self.help.trim())
+    }
+
+    fn histogram_opts(&self) -> HistogramOpts {
+        HistogramOpts::from(self.opts()).buckets(self.buckets.to_vec())
+    }
+
+    fn label_names(&self) -> Vec<&'static str> {
+        self.labels.iter().map(|(name, _)| *name).collect()
+    }
+
+    /// Every combination of the labels' known values; none where one is open.
+    fn combinations(&self) -> Vec<Vec<&'static str>> {
+        let mut all = vec![vec![]];
+        for (_, values) in self.labels {
+            all = all
+                .iter()
+                .flat_map(|head| values.iter().map(move |v| [&head[..], &[*v]].concat()))
+                .collect();
+        }
+        all
+    }
+}
+
+/// A kind of metric that the table may name.
+trait Kind: Collector + Clone + Sized + 'static {
+    fn declare(declaration: &Declaration) -> prometheus::Result<Self>;
+
+    fn register(registry: &Registry, declaration: &Declaration) -> Self {
+        let metric = Self::declare(declaration).and_then(|metric| {
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        });
+        metric.expect("the table's names are valid and differ: every test starts here")
+    }
+}
+
+/// A kind without labels.
+macro_rules! single {
+    ($($kind:ident $opts:ident;)+) => {$(
+        impl Kind for $kind {
+            fn declare(declaration: &Declaration) -> prometheus::Result<Self> {
+                $kind::with_opts(declaration.$opts())
+            }
+        }
+    )+};
+}
+
+/// A kind with labels: what is known of them exists from the start.
+macro_rules! labelled {
+    ($($kind:ident $opts:ident;)+) => {$(
+        impl Kind for $kind {
+            fn declare(declaration: &Declaration) -> prometheus::Result<Self> {
+                let metric = $kind::new(declaration.$opts(), &declaration.label_names())?;
+                for values in declaration.combinations() {
+                    metric.get_metric_with_label_values(&values)?;
+                }
+                Ok(metric)
+            }
+        }
+    )+};
+}
+
+single! { IntCounter opts; Gauge opts; Histogram histogram_opts; }
+labelled! { IntCounterVec opts; GaugeVec opts; HistogramVec histogram_opts; }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every name that the interface promises, with its labels.
+    const PROMISED: &[&str] = &[
+        "requests_total",
+        "sliced_requests_total",
+        "passthrough_requests_total",
+        "cache_hits_total",
+        "cache_misses_total",
+        "cache_hit_rate",
+        "cache_errors_total",
+        "subrequests_total",
+        "failed_subrequests_total",
+        "retried_subrequests_total",
+        "subrequest_failure_rate",
+        "bytes_from_origin_total",
+        "bytes_from_cache_total",
+        "bytes_from_peers_total",
+        "bytes_to_client_total",
+        "request_duration_ms_avg",
+        "subrequest_duration_ms_avg",
+        "assembly_duration_ms_avg",
+        "purge_requests_total{method=\"url\"}",
+        "purge_requests_total{method=\"all\"}",
+        "purge_requests_by_result{method=\"prefix\",result=\"success\"}",
+        "purge_items_total{method=\"tag\"}",
+        "purge_duration_seconds_bucket{method=\"host\",le=\"0.001\"}",
+        "purge_duration_seconds_bucket{method=\"url\",le=\"5\"}",
+        "purge_auth_failures_total{reason=\"missing_token\"}",
+        "slices_total{source=\"l1\"}",
+        "slices_total{source=\"l2\"}",
+        "slices_total{source=\"flight\"}",
+        "slices_total{source=\"peer\"}",
+        "slices_total{source=\"origin\"}",
+        "request_duration_seconds_count",
+        "time_to_first_byte_seconds_sum",
+        "origin_fetches_total",
+        "l1_bytes",
+        "l2_bytes",
+        "ring_epoch",
+        "purge_index",
+        "lease_valid",
+        "responses_total{cache=\"REVALIDATED\"}",
+        "observations_total",
+        "stale_after_ack_total",
+        "l2_writes_dropped_total",
+        "l2_damaged_total",
+    ];
+
+    #[test]
+    fn promised_series_exist_from_the_start_at_zero() {
+        let text = Metrics::new().render(&Gauges::default());
+        for name in PROMISED {
+            let line = format!("\n{PREFIX}{name} 0\n");
+            assert!(text.contains(&line), "{name} is not in\n{text}");
+        }
+        let version = env!("CARGO_PKG_VERSION");
+        assert!(text.contains(&format!("{PREFIX}build_info{{version=\"{version}\"}} 1\n")));
+        assert!(text.contains(&format!("{PREFIX}l2_writable 1\n")));
+    }
+
+    #[test]
+    fn gauges_are_computed_when_read() {
+        let metrics = Metrics::new();
+        metrics.cache_hits_total.inc_by(3);
+        metrics.cache_misses_total.inc();
+        metrics.request_duration_seconds.observe(0.25);
+        metrics.request_duration_seconds.observe(0.75);
+        let mut gauges = Gauges {
+            l1_bytes: 77,
+            l2: Some(L2Stats {
+                bytes: 5,
+                dropped: 2,
+                damaged: 1,
+                ..L2Stats::default()
+            }),
+            lease_valid: true,
+            nodes_up: vec![(NodeId(1), true), (NodeId(2), false)],
+            ..Gauges::default()
+        };
+        let text = metrics.render(&gauges);
+        for line in [
+            "cache_hit_rate 75",
+            "request_duration_ms_avg 500",
+            "l1_bytes 77",
+            "l2_bytes 5",
+            "l2_writable 0",
+            "l2_writes_dropped_total 2",
+            "cache_errors_total 3",
+            "lease_valid 1",
+            "node_up{node=\"1\"} 1",
+            "node_up{node=\"2\"} 0",
+        ] {
+            assert!(text.contains(&format!("\n{PREFIX}{line}\n")), "{line}");
+        }
+        gauges.nodes_up.truncate(1);
+        let text = metrics.render(&gauges);
+        assert!(!text.contains("node_up{node=\"2\"}"), "node 2 has left");
+        assert!(
+            text.contains("l2_writes_dropped_total 2"),
+            "not counted twice"
+        );
+    }
+}

@@ -1,0 +1,413 @@
+//! Builds the parts, owns the tasks, stops them in order: listeners first,
+//! then answers and fills, cluster, disk.
+//!
+//! A hand-over (`--upgrade`, then SIGQUIT to the old process) gives the
+//! listening sockets to the new process first. It opens its directories and
+//! ports once the old one, its answers finished, has let go of them; clients
+//! that connect in between wait in the listen queue and are not refused.
+
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use pingora_core::listeners::tls::TlsSettings;
+use pingora_core::server::configuration::{Opt, ServerConf};
+use pingora_core::server::{ExecutionPhase, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch};
+use pingora_slice_cluster::Cluster;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admin::Admin;
+use crate::config::Config;
+use crate::connection::Patient;
+use crate::engine::Engine;
+use crate::front::Front;
+use crate::l2::{L2, L2_BYTES_MIN};
+use crate::listening::Listening;
+use crate::metrics::Metrics;
+use crate::observer::Watched;
+use crate::origin::Origin;
+use crate::purge::{Naming, Purger};
+
+/// How long the two processes of a hand-over wait for each other's socket.
+const MEET_WITHIN: Duration = Duration::from_secs(5);
+/// What a hand-over may take beyond the old process's drain: Pingora's old
+/// process accepts for 5 s more, and its parts take up to 10 s to stop.
+const HAND_OVER_EXTRA: Duration = Duration::from_secs(20);
+/// Between two tries to take what the old process still holds.
+const TRY_AGAIN: Duration = Duration::from_millis(50);
+/// Longest path of a Unix socket, without its final zero.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Runs the daemon until it is told to stop. With `upgrade`, the listening
+/// sockets come from the process that runs it now.
+///
+/// # Errors
+/// A part that cannot be started, or that makes it impossible to go on.
+pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
+    let socket = hand_over_socket(&config);
+    let mut server = match (&socket, upgrade) {
+        (Err(why), true) => return Err(anyhow!("--upgrade: {why}")),
+        (_, false) => {
+            refuse_addresses_in_use(&config)?;
+            new_server(&config, &socket, false)
+        }
+        (Ok(path), true) => {
+            tracing::info!(path, "waiting for the running process: send it SIGQUIT");
+            new_server(&config, &socket, true)
+        }
+    };
+    server.bootstrap();
+    let patience = match upgrade {
+        true => config.drain_timeout + HAND_OVER_EXTRA,
+        false => Duration::ZERO,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.threads)
+        .thread_name("engine")
+        .enable_all()
+        .build()
+        .context("starting the engine's threads")?;
+    let _inside = runtime.enter();
+
+    let metrics = Arc::new(Metrics::new());
+    let deadline = Instant::now() + patience;
+    let l2 = match &config.l2 {
+        Some(settings) if config.enable_cache => {
+            let mut settings = settings.clone();
+            if config.cluster.is_none() {
+                settings.bytes_max = beside_purges(settings.bytes_max);
+            }
+            Some(until(deadline, || L2::open(settings.clone()))?)
+        }
+        _ => None,
+    };
+    let cluster = until(deadline, || match &config.cluster {
+        Some(settings) => runtime.block_on(Cluster::start(settings.clone())),
+        None => Cluster::alone(alone_dir(&config)),
+    })?;
+    let origin = Origin::new(
+        config.upstreams.clone(),
+        config.upstream_host.clone(),
+        config.origin_timeouts,
+        metrics.clone(),
+    );
+    let naming = Naming::new(
+        config.upstream_host.as_deref(),
+        config.caching.query.clone(),
+    );
+    let engine = Engine::new(
+        config.clone(),
+        cluster.clone(),
+        origin,
+        l2.clone(),
+        metrics.clone(),
+        runtime.handle().clone(),
+    );
+    cluster.serve(Arc::new(Watched(engine.clone())));
+    let purger = Purger::new(
+        cluster.clone(),
+        metrics.clone(),
+        config.purge.clone(),
+        naming.clone(),
+    );
+    let admin = Admin::new(
+        cluster.clone(),
+        Arc::new(engine.clone()),
+        metrics.clone(),
+        purger.clone(),
+    );
+
+    let stop = CancellationToken::new();
+    runtime.spawn({
+        let (admin, stop) = (admin.clone(), stop.clone());
+        async move { admin.sample_until(stop).await }
+    });
+    runtime.spawn({
+        let (purger, stop) = (purger.clone(), stop.clone());
+        async move { purger.observe_until(stop).await }
+    });
+    runtime.spawn(reload_on_hup(config.clone(), purger.clone(), stop.clone()));
+
+    let under_way = TaskTracker::new();
+    let budget = engine.budget().clone();
+    let front = Front::new(engine, purger, naming, metrics.clone(), under_way.clone());
+    let service = |h2c| {
+        Patient::service(
+            &server.configuration,
+            front.clone(),
+            config.client_timeouts,
+            budget.clone(),
+            metrics.clone(),
+            h2c,
+        )
+    };
+    let mut clients = service(false);
+    let mut h2c = None;
+    for listen in &config.listen {
+        let address = listen.address.to_string();
+        match &listen.tls {
+            None if listen.h2 => h2c.get_or_insert_with(|| service(true)).add_tcp(&address),
+            None => clients.add_tcp(&address),
+            Some(tls) => {
+                let path = |path: &PathBuf| {
+                    path.to_str()
+                        .map(str::to_owned)
+                        .ok_or_else(|| anyhow!("{}: not UTF-8", path.display()))
+                };
+                let mut settings = TlsSettings::intermediate(&path(&tls.cert)?, &path(&tls.key)?)
+                    .map_err(|e| anyhow!("listen.tls: {e}"))?;
+                if listen.h2 {
+                    settings.enable_h2();
+                }
+                clients.add_tls_with_settings(&address, None, settings);
+            }
+        }
+    }
+    let mut listening = vec![server.add_service(Listening(clients))];
+    if let Some(service) = h2c {
+        listening.push(server.add_service(Listening(service)));
+    }
+    if let Some(address) = config.metrics_endpoint {
+        let mut service = admin.metrics_service();
+        service.add_tcp(&address.to_string());
+        // Whoever reads "ready" there can connect to the clients' addresses.
+        server.add_service(service).add_dependencies(&listening);
+    }
+    if let Some(settings) = &config.admin {
+        let mut service = admin.admin_service(settings.auth_token.clone());
+        service.add_tcp(&settings.address.to_string());
+        server.add_service(service);
+    }
+
+    let failure = Arc::new(std::sync::Mutex::new(None));
+    let phases = server.watch_execution_phase();
+    let signals = Signals {
+        cluster: cluster.clone(),
+        failure: failure.clone(),
+        socket,
+    };
+    std::thread::Builder::new()
+        .name("server".into())
+        .spawn(move || {
+            server.run(RunArgs {
+                shutdown_signal: Box::new(signals),
+            });
+        })
+        .context("starting the server")?;
+
+    runtime.block_on(async {
+        if until_stopping(phases).await == Stopping::Gracefully {
+            under_way.close();
+            tracing::info!(
+                requests = under_way.len(),
+                "no new connections; the process ends when its answers are finished"
+            );
+            let drained = tokio::time::timeout(config.drain_timeout, under_way.wait()).await;
+            if drained.is_err() {
+                tracing::warn!(requests = under_way.len(), "cut after drain_timeout");
+            }
+        }
+        stop.cancel();
+        cluster.stop().await;
+        if let Some(l2) = l2 {
+            l2.stop().await;
+        }
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match failure.lock().expect("no panic while held").take() {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+/// The last result of trying until it succeeds or time is up.
+fn until<T, E>(deadline: Instant, mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
+    loop {
+        match attempt() {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(TRY_AGAIN),
+            outcome => return outcome,
+        }
+    }
+}
+
+/// What is left of `l2_cache_size_bytes` for the cache where a lone machine
+/// keeps its purges in the same directory: their journal takes 64 MiB at most
+/// and is a sparse file, small for as long as purges are few.
+fn beside_purges(bytes_max: u64) -> u64 {
+    const PURGES_BYTES_MAX: u64 = 64 << 20;
+    let rest = bytes_max - PURGES_BYTES_MAX.min(bytes_max / 8);
+    rest.max(L2_BYTES_MIN.min(bytes_max))
+}
+
+/// Where a machine alone keeps its purges.
+fn alone_dir(config: &Config) -> Option<PathBuf> {
+    let l2 = config.l2.as_ref().filter(|_| config.enable_cache)?;
+    Some(l2.dir.join("cluster"))
+}
+
+/// The socket by which this node's processes meet: in a directory that belongs
+/// to this node alone. Otherwise the reason why there is none.
+fn hand_over_socket(config: &Config) -> Result<String, String> {
+    let dir = match &config.cluster {
+        Some(cluster) => cluster.data_dir.clone(),
+        None => alone_dir(config).ok_or("a hand-over needs a disk store or a data_dir")?,
+    };
+    let path = dir.join("hand-over.sock");
+    match path.to_str() {
+        Some(path) if path.len() <= SOCKET_PATH_BYTES_MAX => Ok(path.to_string()),
+        _ => Err(format!("{} cannot be a socket's path", path.display())),
+    }
+}
+
+fn new_server(config: &Config, socket: &Result<String, String>, upgrade: bool) -> Server {
+    let opt = Opt {
+        upgrade,
+        ..Opt::default()
+    };
+    let mut conf = server_conf(config);
+    if let Ok(path) = socket {
+        conf.upgrade_sock = path.clone();
+    }
+    Server::new_with_opt_and_conf(opt, conf)
+}
+
+/// How the server stops.
+#[derive(PartialEq, Eq)]
+enum Stopping {
+    Gracefully,
+    AtOnce,
+}
+
+/// Waits until no listener accepts any more.
+async fn until_stopping(mut phases: broadcast::Receiver<ExecutionPhase>) -> Stopping {
+    use broadcast::error::RecvError;
+    loop {
+        match phases.recv().await {
+            Ok(ExecutionPhase::ShutdownGracePeriod) => return Stopping::Gracefully,
+            Ok(ExecutionPhase::ShutdownRuntimes | ExecutionPhase::Terminated)
+            | Err(RecvError::Closed) => return Stopping::AtOnce,
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+        }
+    }
+}
+
+/// Pingora tries for half a minute to bind an address that is in use; whoever
+/// starts a node wants to know at once.
+fn refuse_addresses_in_use(config: &Config) -> anyhow::Result<()> {
+    let clients = config.listen.iter().map(|listen| listen.address);
+    let admin = config.admin.as_ref().map(|admin| admin.address);
+    for address in clients.chain(config.metrics_endpoint).chain(admin) {
+        TcpListener::bind(address).with_context(|| format!("listening at {address}"))?;
+    }
+    Ok(())
+}
+
+fn server_conf(config: &Config) -> ServerConf {
+    ServerConf {
+        threads: config.threads,
+        // Pingora would sleep for the whole of it and then cut what is under
+        // way. `run` waits for the answers instead, and ends the process.
+        grace_period_seconds: Some(config.drain_timeout.as_secs() + 60),
+        graceful_shutdown_timeout_seconds: Some(0),
+        upstream_keepalive_pool_size: 512,
+        max_retries: config.max_retries as usize + 1,
+        ..ServerConf::default()
+    }
+}
+
+/// The signals that end the process, and the one failure that must.
+struct Signals {
+    cluster: Cluster,
+    failure: Arc<std::sync::Mutex<Option<anyhow::Error>>>,
+    /// Where a new process waits for the listeners.
+    socket: Result<String, String>,
+}
+
+impl Signals {
+    /// Whether a new process waits to take over; says so where none does.
+    async fn can_hand_over(&self) -> bool {
+        let path = match &self.socket {
+            Ok(path) => path,
+            Err(why) => {
+                tracing::error!("SIGQUIT ignored: {why}");
+                return false;
+            }
+        };
+        let started = Instant::now();
+        while started.elapsed() < MEET_WITHIN {
+            if std::fs::exists(path).unwrap_or(false) {
+                return true;
+            }
+            tokio::time::sleep(TRY_AGAIN).await;
+        }
+        tracing::error!(
+            path,
+            "SIGQUIT ignored: no new process waits; start one with --upgrade first"
+        );
+        false
+    }
+}
+
+#[async_trait::async_trait]
+impl ShutdownSignalWatch for Signals {
+    async fn recv(&self) -> ShutdownSignal {
+        let (Ok(mut quit), Ok(mut term), Ok(mut int)) = (
+            signal(SignalKind::quit()),
+            signal(SignalKind::terminate()),
+            signal(SignalKind::interrupt()),
+        ) else {
+            return ShutdownSignal::FastShutdown;
+        };
+        let quit = async {
+            loop {
+                quit.recv().await;
+                if self.can_hand_over().await {
+                    break;
+                }
+            }
+        };
+        tokio::select! {
+            () = quit => ShutdownSignal::GracefulUpgrade,
+            _ = term.recv() => ShutdownSignal::GracefulTerminate,
+            _ = int.recv() => ShutdownSignal::FastShutdown,
+            error = self.cluster.failed() => {
+                tracing::error!(%error, "this node cannot go on");
+                *self.failure.lock().expect("no panic while held") = Some(error.into());
+                ShutdownSignal::FastShutdown
+            }
+        }
+    }
+}
+
+/// SIGHUP: the purge section is read again; other changes need a restart and
+/// are named, and a file with problems changes nothing.
+async fn reload_on_hup(mut config: Config, purger: Arc<Purger>, stop: CancellationToken) {
+    let Ok(mut hup) = signal(SignalKind::hangup()) else {
+        return;
+    };
+    while stop
+        .run_until_cancelled(hup.recv())
+        .await
+        .flatten()
+        .is_some()
+    {
+        match config.reload() {
+            Ok(new) => {
+                purger.reload(new.purge.clone());
+                config.purge = new.purge.clone();
+                let keys = config.differences(&new);
+                if keys.is_empty() {
+                    tracing::info!("configuration read again");
+                } else {
+                    tracing::warn!(?keys, "configuration read again; these need a restart");
+                }
+            }
+            Err(problems) => tracing::error!(%problems, "configuration not changed"),
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! The body of one answer: slices in order, a few of them opened ahead.
+//!
+//! The client pulls: nothing is opened beyond the window, and the window is as
+//! wide as the memory budget allows. While the client does not take what it has
+//! been given, all that is open is let go ([`Pieces::let_go`]) and opened anew
+//! afterwards: from memory, disk, a peer or the origin. Not here: how the
+//! pieces reach the client (`front`), where a slice's bytes come from (`engine`).
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use pingora_slice_cluster::ObjectKey;
+use pingora_slice_cluster::slice::{Touched, touched};
+use pingora_slice_cluster::wire::OriginRequest;
+
+use crate::budget::Permit;
+use crate::engine::{Engine, Found, Request};
+use crate::flight::{FillError, SliceReader, Source};
+use crate::metrics::Metrics;
+
+/// Flights that may fail a reader before its own does, or be found damaged: a
+/// fill, the fetch that followed it and is about to fail with it, and one more.
+const JOINS_MAX: usize = 3;
+
+/// A piece of a body.
+#[derive(Debug)]
+pub(crate) enum Piece {
+    /// Text of a multipart answer.
+    Text(Bytes),
+    /// Bytes of the object.
+    Bytes(Range<u64>),
+}
+
+/// See the module's text.
+pub(crate) struct Pieces<'a> {
+    engine: &'a Engine,
+    key: ObjectKey,
+    origin: &'a OriginRequest,
+    found: &'a Found,
+    to_open: VecDeque<Next>,
+    opened: VecDeque<Opened>,
+    ahead: usize,
+    /// What is given is a copy: it may be held on after the client took it.
+    copied: bool,
+    /// For what the piece in the client's hands holds beyond itself.
+    in_hand: Option<Permit>,
+    /// Time spent waiting for slices.
+    pub(crate) waited: Duration,
+}
+
+enum Next {
+    Text(Bytes),
+    /// Slices of a range that are still to be opened.
+    Range(Range<u64>),
+}
+
+enum Opened {
+    Text(Bytes),
+    Slice {
+        reader: SliceReader,
+        part: Touched,
+        bytes: u64,
+        /// Flights of somebody else that have failed us.
+        failed: usize,
+    },
+}
+
+impl<'a> Pieces<'a> {
+    pub(crate) fn new(
+        engine: &'a Engine,
+        request: &'a Request,
+        found: &'a Found,
+        pieces: Vec<Piece>,
+        ahead: usize,
+        copied: bool,
+    ) -> Pieces<'a> {
+        let to_open = pieces
+            .into_iter()
+            .map(|piece| match piece {
+                Piece::Text(text) => Next::Text(text),
+                Piece::Bytes(range) => Next::Range(range),
+            })
+            .collect();
+        Pieces {
+            engine,
+            key: request.key,
+            origin: &request.origin,
+            found,
+            to_open,
+            opened: VecDeque::new(),
+            ahead: ahead.max(1),
+            copied,
+            in_hand: None,
+            waited: Duration::ZERO,
+        }
+    }
+
+    /// The text that the body begins with, taken out of it.
+    pub(crate) fn text(&mut self) -> Option<Bytes> {
+        match self.to_open.front_mut()? {
+            Next::Text(text) => {
+                let text = std::mem::take(text);
+                self.to_open.pop_front();
+                Some(text)
+            }
+            Next::Range(_) => None,
+        }
+    }
+
+    /// Opens slices until the window is full.
+    fn fill_window(&mut self) {
+        let manifest = &self.found.object.manifest;
+        let slice_bytes = manifest.version.slice_bytes;
+        while self.opened.len() < self.ahead {
+            match self.to_open.front_mut() {
+                None => return,
+                Some(Next::Text(text)) => {
+                    self.opened.push_back(Opened::Text(std::mem::take(text)));
+                    self.to_open.pop_front();
+                }
+                Some(Next::Range(range)) => {
+                    let Some(part) = touched(range.clone(), slice_bytes).next() else {
+                        self.to_open.pop_front();
+                        continue;
+                    };
+                    // The first one is wanted now, the others may have to wait.
+                    let ahead = match self.opened.is_empty() {
+                        true => None,
+                        false => match self.engine.budget().ahead(slice_bytes.into()) {
+                            Some(permit) => Some(permit),
+                            None => return,
+                        },
+                    };
+                    range.start += u64::from(part.end - part.start);
+                    let object = &self.found.object;
+                    let reader = self.engine.open(self.key, object, self.origin, part, ahead);
+                    self.opened.push_back(Opened::Slice {
+                        reader,
+                        part,
+                        bytes: 0,
+                        failed: 0,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Lets go of all that is open, for as long as the client takes nothing:
+    /// only the piece that it has been given stays. A body that the origin gives
+    /// once keeps its flights, and one that is given only whole does while
+    /// there is memory: both cost more to have again than to hold.
+    pub(crate) fn let_go(&mut self, metrics: &Metrics) {
+        let version = &self.found.object.manifest.version;
+        let strong = version
+            .etag
+            .as_deref()
+            .is_some_and(|tag| !tag.starts_with("W/"));
+        if !strong && version.last_modified.is_none()
+            || version.whole && !self.engine.budget().is_tight()
+            || self.opened.is_empty()
+        {
+            return;
+        }
+        metrics.answers_stalled_total.inc();
+        while let Some(opened) = self.opened.pop_back() {
+            match opened {
+                Opened::Text(text) => self.to_open.push_front(Next::Text(text)),
+                Opened::Slice {
+                    reader,
+                    part,
+                    bytes,
+                    ..
+                } => {
+                    if bytes > 0 {
+                        count_slice(metrics, reader.source(), bytes);
+                    }
+                    let slice_start = u64::from(part.index) * u64::from(version.slice_bytes);
+                    let start = slice_start + u64::from(part.start) + bytes;
+                    let end = slice_start + u64::from(part.end);
+                    if start < end {
+                        self.to_open.push_front(Next::Range(start..end));
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) async fn next(
+        &mut self,
+        metrics: &Metrics,
+    ) -> Option<std::result::Result<Bytes, FillError>> {
+        self.in_hand = None;
+        loop {
+            self.fill_window();
+            match self.opened.front_mut()? {
+                Opened::Text(text) => {
+                    let text = std::mem::take(text);
+                    self.opened.pop_front();
+                    return Some(Ok(text));
+                }
+                Opened::Slice {
+                    reader,
+                    part,
+                    bytes,
+                    failed,
+                } => {
+                    let asked = Instant::now();
+                    let next = reader.next(self.copied).await;
+                    self.waited += asked.elapsed();
+                    match next {
+                        Some(Ok(piece)) => {
+                            *bytes += piece.len() as u64;
+                            self.in_hand = reader.pin();
+                            return Some(Ok(piece));
+                        }
+                        Some(Err(error))
+                            if *failed < JOINS_MAX && may_be_had_again(&error, reader) =>
+                        {
+                            *failed += 1;
+                            if error == FillError::Damaged {
+                                metrics.parts_damaged_total.inc();
+                                tracing::warn!(index = part.index, "a slice was damaged in memory");
+                            }
+                            // Whoever started it has had its tries; these are ours.
+                            let rest = Touched {
+                                start: part.start + *bytes as u32,
+                                ..*part
+                            };
+                            let object = &self.found.object;
+                            *reader = self.engine.open(self.key, object, self.origin, rest, None);
+                        }
+                        Some(Err(error)) => {
+                            count_slice(metrics, reader.source(), *bytes);
+                            return Some(Err(error));
+                        }
+                        None if reader.has_more() => {
+                            let rest = Touched {
+                                start: part.start + *bytes as u32,
+                                ..*part
+                            };
+                            let object = &self.found.object;
+                            *reader = self.engine.open(self.key, object, self.origin, rest, None);
+                        }
+                        None => {
+                            count_slice(metrics, reader.source(), *bytes);
+                            let wanted = u64::from(part.end - part.start);
+                            let short = match self.found.object.manifest.length() {
+                                Some(_) => *bytes != wanted,
+                                // Of unknown length: a short slice is the last.
+                                None if *bytes < wanted => {
+                                    self.opened.clear();
+                                    self.to_open.clear();
+                                    return None;
+                                }
+                                None => false,
+                            };
+                            self.opened.pop_front();
+                            if short {
+                                let reason = "a slice ended short".to_owned();
+                                return Some(Err(FillError::Failed {
+                                    status: 502,
+                                    reason,
+                                }));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whether another flight may bring what this one did not.
+fn may_be_had_again(error: &FillError, reader: &SliceReader) -> bool {
+    match error {
+        FillError::Changed => false,
+        FillError::Failed { .. } => reader.is_joined(),
+        FillError::Damaged => true,
+    }
+}
+
+fn count_slice(metrics: &Metrics, source: Source, bytes: u64) {
+    metrics
+        .slices_total
+        .with_label_values(&[source.as_str()])
+        .inc();
+    match source {
+        Source::L1 | Source::L2 => {
+            metrics.cache_hits_total.inc();
+            metrics.bytes_from_cache_total.inc_by(bytes);
+        }
+        Source::Flight | Source::Peer => metrics.cache_hits_total.inc(),
+        Source::Origin => metrics.cache_misses_total.inc(),
+    }
+}

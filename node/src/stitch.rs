@@ -1,0 +1,85 @@
+//! The log of stitching faults: answers of the origin that do not fit
+//! together. One structured line each, at most one in `stitch_log.pace`.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use http::HeaderMap;
+use pingora_slice_cluster::wire::Version;
+
+use crate::config;
+use crate::manifest::Url;
+use crate::metrics::Metrics;
+
+/// One fault: what was expected, what came.
+pub struct Fault<'a> {
+    /// In a word; also a label in the metrics.
+    pub reason: &'static str,
+    /// The object.
+    pub url: &'a Url,
+    /// The bytes that were asked for.
+    pub asked: Option<Range<u64>>,
+    /// The version that was expected, where there was one.
+    pub expected: Option<&'a Version>,
+    /// What the origin sent.
+    pub headers: &'a HeaderMap,
+}
+
+/// Counts every fault, writes at most one line per pace.
+pub struct StitchLog {
+    settings: config::StitchLog,
+    metrics: Arc<Metrics>,
+    last: Mutex<Option<Instant>>,
+}
+
+impl StitchLog {
+    /// A log by the configuration's `stitch_log`.
+    pub fn new(settings: config::StitchLog, metrics: Arc<Metrics>) -> StitchLog {
+        StitchLog {
+            settings,
+            metrics,
+            last: Mutex::new(None),
+        }
+    }
+
+    /// Counts the fault, and logs it if the pace allows.
+    pub fn report(&self, fault: Fault<'_>) {
+        self.metrics
+            .stitch_faults_total
+            .with_label_values(&[fault.reason])
+            .inc();
+        if !self.settings.enabled {
+            return;
+        }
+        {
+            let mut last = self.last.lock().expect("no panic while held");
+            if last.is_some_and(|at| at.elapsed() < self.settings.pace) {
+                return;
+            }
+            *last = Some(Instant::now());
+        }
+        let got = |name: &str| {
+            fault
+                .headers
+                .get(name)
+                .map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned())
+        };
+        let expected = fault.expected;
+        tracing::warn!(
+            target: "pingora_slice::stitch",
+            reason = fault.reason,
+            url = %fault.url,
+            range = ?fault.asked,
+            expected_etag = ?expected.and_then(|v| v.etag.as_deref()),
+            got_etag = ?got("etag"),
+            expected_last_modified = ?expected.and_then(|v| v.last_modified.as_deref()),
+            got_last_modified = ?got("last-modified"),
+            expected_length = ?expected.and_then(|v| v.length),
+            got_content_range = ?got("content-range"),
+            cache_control = ?got("cache-control"),
+            via = ?got("via"),
+            "stitching fault"
+        );
+    }
+}
