@@ -1,0 +1,174 @@
+//! What we are measured against where no other program is: the floors.
+//!
+//! ```text
+//! parts floor ADDRESS              a Pingora server that writes bytes from memory and does nothing else
+//! parts pread FILE PIECE SECONDS   random aligned reads of PIECE bytes
+//! parts write FILE MIB             a sequential write with a checksum per 64 KiB
+//! parts quic bare|ours SECONDS     slices of 1 MiB between two QUIC endpoints in this process
+//! ```
+//!
+//! Built with the release profile, as the daemon is; each but `floor` prints
+//! one line of JSON. Not here: who is run when, and what it means (`main`).
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use async_trait::async_trait;
+use bytes::Bytes;
+use pingora_core::server::Server;
+use pingora_core::server::configuration::{Opt, ServerConf};
+use pingora_core::upstreams::peer::HttpPeer;
+use pingora_core::{Error, ErrorType};
+use pingora_http::ResponseHeader;
+use pingora_proxy::{ProxyHttp, Session, http_proxy_service};
+use rand::Rng;
+use rustix::time::{ClockId, clock_gettime};
+
+mod quic;
+
+const MIB: usize = 1024 * 1024;
+/// Largest object that the floor answers with.
+const FLOOR_BYTES: usize = 1024 * MIB;
+/// A checksum covers this many bytes, as in the daemon.
+const PAGE_BYTES: usize = 64 * 1024;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| a != "--bench")
+        .collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["floor", address] => floor(address),
+        ["pread", file, piece, seconds] => pread(file, piece.parse()?, seconds.parse()?),
+        ["write", file, mib] => write(file, mib.parse()?),
+        ["quic", kind, seconds] => quic::run(kind, Duration::from_secs_f64(seconds.parse()?)),
+        // Started by `cargo bench` without an argument: nothing to do.
+        [] => Ok(()),
+        other => bail!("{other:?}: see the top of tests/bench/parts.rs"),
+    }
+}
+
+/// `GET /BYTES` is answered with that many bytes, or a range of them.
+struct Floor {
+    bytes: Bytes,
+}
+
+#[async_trait]
+impl ProxyHttp for Floor {
+    type CTX = ();
+
+    fn new_ctx(&self) {}
+
+    async fn upstream_peer(
+        &self,
+        _: &mut Session,
+        _: &mut (),
+    ) -> pingora_core::Result<Box<HttpPeer>> {
+        Error::e_explain(ErrorType::InternalError, "the floor asks nobody")
+    }
+
+    async fn request_filter(
+        &self,
+        session: &mut Session,
+        _: &mut (),
+    ) -> pingora_core::Result<bool> {
+        let head = session.req_header();
+        let total: usize = head.uri.path()[1..].parse().unwrap_or_default();
+        let range = head.headers.get("range").and_then(|value| {
+            let (first, last) = value
+                .to_str()
+                .ok()?
+                .strip_prefix("bytes=")?
+                .split_once('-')?;
+            Some(first.parse::<usize>().ok()?..last.parse::<usize>().ok()? + 1)
+        });
+        let mut answer = ResponseHeader::build(if range.is_some() { 206 } else { 200 }, Some(4))?;
+        if let Some(range) = &range {
+            let (first, last) = (range.start, range.end - 1);
+            answer.insert_header("content-range", format!("bytes {first}-{last}/{total}"))?;
+        }
+        let range = range.unwrap_or(0..total);
+        answer.insert_header("content-length", range.len())?;
+        session
+            .write_response_header(Box::new(answer), false)
+            .await?;
+        let mut at = range.start;
+        while at < range.end {
+            let end = ((at / MIB + 1) * MIB).min(range.end);
+            let piece = self.bytes.slice(at..end);
+            session
+                .write_response_body(Some(piece), end == range.end)
+                .await?;
+            at = end;
+        }
+        Ok(true)
+    }
+}
+
+fn floor(address: &str) -> Result<()> {
+    let conf = ServerConf {
+        threads: 1,
+        ..ServerConf::default()
+    };
+    let mut server = Server::new_with_opt_and_conf(Opt::default(), conf);
+    server.bootstrap();
+    let floor = Floor {
+        bytes: vec![0x5a; FLOOR_BYTES].into(),
+    };
+    let mut service = http_proxy_service(&server.configuration, floor);
+    service.add_tcp(address);
+    server.add_service(service);
+    server.run_forever()
+}
+
+/// CPU time of this process so far.
+fn cpu() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+fn pread(file: &str, piece: usize, seconds: f64) -> Result<()> {
+    let file = File::open(file)?;
+    let pieces = file.metadata()?.len() as usize / piece;
+    let mut buffer = vec![0; piece];
+    let (begin, cpu_before) = (Instant::now(), cpu());
+    let mut reads = 0u64;
+    while begin.elapsed().as_secs_f64() < seconds {
+        let at = rand::rng().random_range(0..pieces) * piece;
+        file.read_exact_at(&mut buffer, at as u64)?;
+        reads += 1;
+    }
+    let mib = reads as f64 * piece as f64 / MIB as f64;
+    println!(
+        "{{\"per_second\": {}, \"cpu_us_per_mib\": {}}}",
+        reads as f64 / begin.elapsed().as_secs_f64(),
+        (cpu() - cpu_before).as_secs_f64() * 1e6 / mib
+    );
+    Ok(())
+}
+
+fn write(path: &str, mib: usize) -> Result<()> {
+    let block = vec![0x5a; MIB];
+    let mut file = File::create(path)?;
+    let cpu_before = cpu();
+    let mut sum = 0u32;
+    for _ in 0..mib {
+        for page in block.chunks(PAGE_BYTES) {
+            sum ^= crc32c::crc32c(std::hint::black_box(page));
+        }
+        file.write_all(&block)?;
+    }
+    let spent = cpu() - cpu_before;
+    drop(file);
+    std::fs::remove_file(path).context("removing what was written")?;
+    std::hint::black_box(sum);
+    println!(
+        "{{\"cpu_us_per_mib\": {}}}",
+        spent.as_secs_f64() * 1e6 / mib as f64
+    );
+    Ok(())
+}

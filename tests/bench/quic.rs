@@ -1,0 +1,295 @@
+//! Slices of 1 MiB, and parts of 64 KiB, between two QUIC endpoints in this
+//! process and on one thread: with nothing but quinn, and with our peers.
+
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::{self, FuturesUnordered};
+use pingora_slice_client::ca;
+use pingora_slice_cluster::peer::{Body, PeerHandler, Peers, SERVER_NAME, TlsFiles};
+use pingora_slice_cluster::wire::{
+    Answer, Ask, OriginRequest, Part, SliceAsk, SliceOrigin, Version,
+};
+use pingora_slice_cluster::{Generation, NodeId, ObjectKey, PurgeIndex, SliceId};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+use crate::{MIB, PAGE_BYTES, cpu};
+
+/// Slices that are fetched at once.
+const AT_ONCE: usize = 4;
+/// Largest UDP payload, as the peers use it.
+const PAYLOAD_BYTES: u16 = 6500;
+/// Windows, as the peers use them.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
+
+/// See the module's text: `kind` is `bare` or `ours`.
+pub fn run(kind: &str, time: Duration) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    ca::ca_init(dir.path())?;
+    for id in 1..=2 {
+        ca::ca_issue(dir.path(), id, &[])?;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        // In a task, so that all of it runs on the one worker.
+        match kind {
+            "bare" => {
+                let (asker, owner) = bare(dir.path()).await?;
+                let answer = measure(time, move |bytes| read_bare(asker.clone(), bytes)).await;
+                owner.close(0u32.into(), b"");
+                answer
+            }
+            "ours" => {
+                let (asker, owner) = ours(dir.path())?;
+                let asker = Arc::new(asker);
+                let answer = measure(time, move |bytes| read_ours(asker.clone(), bytes)).await;
+                owner.stop().await;
+                answer
+            }
+            other => bail!("{other}: bare or ours"),
+        }
+    })
+}
+
+/// Half of the time slices, `AT_ONCE` at a time; then parts, one at a time.
+async fn measure<F>(time: Duration, read: impl Fn(usize) -> F + Send + 'static) -> Result<()>
+where
+    F: Future<Output = Result<()>> + Send + 'static,
+{
+    let line = tokio::spawn(async move {
+        // Until the path's largest packets are found.
+        let warm = Instant::now();
+        while warm.elapsed() < Duration::from_millis(500) {
+            read(MIB).await?;
+        }
+        let (begin, cpu_before) = (Instant::now(), cpu());
+        let mut count = 0u64;
+        let mut reading: FuturesUnordered<_> = (0..AT_ONCE).map(|_| read(MIB)).collect();
+        while let Some(one) = reading.next().await {
+            one?;
+            count += 1;
+            if begin.elapsed() < time / 2 {
+                reading.push(read(MIB));
+            }
+        }
+        let per_second = count as f64 / begin.elapsed().as_secs_f64();
+        let cpu_us_per_mib = (cpu() - cpu_before).as_secs_f64() * 1e6 / count as f64;
+        let begin = Instant::now();
+        let mut times = Vec::new();
+        while begin.elapsed() < time / 2 {
+            let asked = Instant::now();
+            read(PAGE_BYTES).await?;
+            times.push(asked.elapsed());
+        }
+        times.sort();
+        let p50 = times[times.len() / 2].as_secs_f64() * 1e6;
+        anyhow::Ok(format!(
+            "{{\"per_second\": {per_second}, \"cpu_us_per_mib\": {cpu_us_per_mib}, \"p50_us\": {p50}}}"
+        ))
+    });
+    println!("{}", line.await??);
+    Ok(())
+}
+
+fn tls(dir: &Path, id: u64) -> TlsFiles {
+    TlsFiles {
+        ca: dir.join("ca.pem"),
+        cert: dir.join(format!("node{id}.pem")),
+        key: dir.join(format!("node{id}.key")),
+    }
+}
+
+/// Two free ports in a row: the peers' second endpoint takes the next one.
+fn free_pair() -> Result<SocketAddr> {
+    loop {
+        let first = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+        if let Some(next) = first.port().checked_add(1)
+            && UdpSocket::bind((Ipv4Addr::LOCALHOST, next)).is_ok()
+        {
+            return Ok(first);
+        }
+    }
+}
+
+// --- nothing but quinn
+
+async fn bare(dir: &Path) -> Result<(quinn::Connection, quinn::Endpoint)> {
+    let files = tls(dir, 1);
+    let chain = || -> Result<Vec<CertificateDer<'static>>> {
+        Ok(CertificateDer::pem_file_iter(&files.cert)?.collect::<Result<_, _>>()?)
+    };
+    let key = || PrivateKeyDer::from_pem_file(&files.key);
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(&files.ca)?)?;
+    let roots = Arc::new(roots);
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(
+        roots.clone(),
+        provider.clone(),
+    )
+    .build()?;
+    let mut server = rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain()?, key()?)?;
+    server.alpn_protocols = vec![b"bare".to_vec()];
+    let mut client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain()?, key()?)?;
+    client.alpn_protocols = vec![b"bare".to_vec()];
+
+    let mut discovery = quinn::MtuDiscoveryConfig::default();
+    discovery.upper_bound(PAYLOAD_BYTES);
+    let mut transport = quinn::TransportConfig::default();
+    transport
+        .mtu_discovery_config(Some(discovery))
+        .stream_receive_window(STREAM_WINDOW_BYTES.into())
+        .receive_window(CONNECTION_WINDOW_BYTES.into())
+        .send_window(CONNECTION_WINDOW_BYTES.into());
+    let transport = Arc::new(transport);
+    let endpoint = |server| -> Result<quinn::Endpoint> {
+        let mut config = quinn::EndpointConfig::default();
+        config.max_udp_payload_size(PAYLOAD_BYTES)?;
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let runtime = Arc::new(quinn::TokioRuntime);
+        Ok(quinn::Endpoint::new(config, server, socket, runtime)?)
+    };
+    let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(server)?;
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    server.transport_config(transport.clone());
+    let owner = endpoint(Some(server))?;
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(client)?;
+    let mut client = quinn::ClientConfig::new(Arc::new(crypto));
+    client.transport_config(transport);
+    let asker = endpoint(None)?;
+
+    let accepting = owner.clone();
+    let slice = Bytes::from(vec![0x5a; MIB]);
+    tokio::spawn(async move {
+        while let Some(incoming) = accepting.accept().await {
+            let connection = incoming.await?;
+            while let Ok((mut send, mut receive)) = connection.accept_bi().await {
+                let slice = slice.clone();
+                tokio::spawn(async move {
+                    let mut wanted = [0; 4];
+                    receive.read_exact(&mut wanted).await?;
+                    let bytes = slice.slice(..u32::from_be_bytes(wanted) as usize);
+                    send.write_chunk(bytes).await?;
+                    send.finish()?;
+                    anyhow::Ok(())
+                });
+            }
+        }
+        anyhow::Ok(())
+    });
+    let connection = asker
+        .connect_with(client, owner.local_addr()?, SERVER_NAME)?
+        .await?;
+    Ok((connection, owner))
+}
+
+async fn read_bare(connection: quinn::Connection, bytes: usize) -> Result<()> {
+    let (mut send, mut receive) = connection.open_bi().await?;
+    send.write_all(&(bytes as u32).to_be_bytes()).await?;
+    send.finish()?;
+    let mut gathered = Vec::with_capacity(bytes);
+    while let Some(chunk) = receive.read_chunk(usize::MAX, true).await? {
+        gathered.extend_from_slice(&chunk.bytes);
+    }
+    ensure!(gathered.len() == bytes, "{} bytes", gathered.len());
+    std::hint::black_box(&gathered);
+    Ok(())
+}
+
+// --- our peers
+
+/// Gives everybody the same slice from memory.
+struct Memory(Vec<Part>);
+
+#[async_trait]
+impl PeerHandler for Memory {
+    fn is_member(&self, _from: NodeId) -> bool {
+        true
+    }
+
+    async fn slices(&self, _from: NodeId, ask: Ask) -> (Answer, Option<Body>) {
+        let Ask::Slice(ask) = ask else {
+            return (Answer::Missing, None);
+        };
+        let count = (ask.end as usize).div_ceil(PAGE_BYTES).min(self.0.len());
+        let parts: Vec<_> = self.0[..count].iter().cloned().map(Ok).collect();
+        let answer = Answer::Slice {
+            slice_bytes: Some(MIB as u32),
+            source: SliceOrigin::Stored,
+        };
+        (answer, Some(stream::iter(parts).boxed()))
+    }
+
+    async fn control(&self, _from: NodeId, _request: Bytes) -> Result<Vec<u8>, String> {
+        Err("no control traffic here".to_owned())
+    }
+}
+
+fn ours(dir: &Path) -> Result<(Peers, Peers)> {
+    let part = Part::new(Bytes::from(vec![0x5a; PAGE_BYTES]));
+    let memory = Arc::new(Memory(vec![part; MIB / PAGE_BYTES]));
+    let bind = |id| -> Result<(Peers, SocketAddr)> {
+        let address = free_pair()?;
+        let peers = Peers::bind(address, NodeId(id), &tls(dir, id), memory.clone())?;
+        Ok((peers, address))
+    };
+    let (asker, _) = bind(1)?;
+    let (owner, address) = bind(2)?;
+    asker.set_address(NodeId(2), &address.to_string());
+    Ok((asker, owner))
+}
+
+async fn read_ours(asker: Arc<Peers>, bytes: usize) -> Result<()> {
+    let ask = Ask::Slice(SliceAsk {
+        key: ObjectKey(1),
+        slice: SliceId {
+            generation: Generation(1),
+            index: 0,
+        },
+        start: 0,
+        end: bytes as u32,
+        request: OriginRequest {
+            host: "a".into(),
+            target: "/".into(),
+            headers: vec![],
+        },
+        version: Version {
+            etag: None,
+            last_modified: None,
+            length: None,
+            slice_bytes: MIB as u32,
+            whole: false,
+            hard: PurgeIndex::default(),
+        },
+        place: 0,
+        stamp: PurgeIndex::default(),
+        stored_only: true,
+    });
+    let (_, body) = asker.ask(NodeId(2), &ask, Duration::from_secs(10)).await?;
+    let mut body = body.context("an answer without a body")?;
+    // The one gather, as the engine does it for its memory store.
+    let mut gathered = Vec::with_capacity(bytes);
+    while let Some(part) = body.next().await {
+        gathered.extend_from_slice(&part?.bytes);
+    }
+    ensure!(gathered.len() == bytes, "{} bytes", gathered.len());
+    std::hint::black_box(&gathered);
+    Ok(())
+}

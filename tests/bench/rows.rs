@@ -1,0 +1,842 @@
+//! The rows: what is done to whom, and what is wanted of the ratio.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use pingora_slice_tests::cluster::{Options, TestCluster};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::Settings;
+use crate::load::{Pattern, delaying_relay, read, wrk};
+use crate::machine::{
+    self, CLIENT_CORE, SERVER_CORE, cpu_seconds, floor_json, pin, resident_bytes,
+};
+use crate::peers::{Home, Server};
+use crate::purges;
+use crate::report::{Aim, Comparison, Report};
+
+/// What `ROWS=` may name.
+pub const NAMES: &[&str] = &[
+    "small",
+    "ranges",
+    "large",
+    "l2",
+    "l2-write",
+    "peer",
+    "cold",
+    "delayed",
+    "connections",
+    "nodes",
+    "growth",
+    "start",
+    "purge",
+    "purge-batch",
+    "purge-load",
+];
+
+const MIB: f64 = 1024.0 * 1024.0;
+const GIB: u64 = 1 << 30;
+const BIG: &str = "/1073741824";
+
+/// One side of a comparison of hits.
+#[derive(Clone, Copy)]
+pub struct Side<'a> {
+    name: &'a str,
+    address: SocketAddr,
+    pid: u32,
+}
+
+impl<'a> Side<'a> {
+    fn of(server: &'a Server) -> Side<'a> {
+        Side {
+            name: server.name,
+            address: server.address,
+            pid: server.pid(),
+        }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Node 1 of ours.
+    pub fn ours(cluster: &'a TestCluster) -> Side<'a> {
+        let node = cluster.node(1);
+        Side {
+            name: "pingora-slice",
+            address: node.address(),
+            pid: node.pid(),
+        }
+    }
+}
+
+/// What is compared.
+#[derive(Clone, Copy, PartialEq)]
+enum Figure {
+    PerSecond,
+    CpuPerMib,
+    CpuPerRequest,
+}
+
+impl Figure {
+    fn unit(self) -> &'static str {
+        match self {
+            Figure::PerSecond => "requests/s",
+            Figure::CpuPerMib => "CPU us/MiB",
+            Figure::CpuPerRequest => "CPU us/request",
+        }
+    }
+}
+
+/// Everything that the rows share.
+pub struct Bench<'a> {
+    /// What was asked for.
+    pub settings: &'a Settings,
+    /// Files of origin and peers.
+    pub home: Home,
+    /// The origin.
+    pub origin: Server,
+    /// The program with the floors.
+    pub parts: &'a Path,
+}
+
+/// Measures what was asked for; a row that fails is reported as not measured.
+pub async fn measure(settings: &Settings, parts: &Path, report: &mut Report) -> Result<()> {
+    pin(std::process::id(), CLIENT_CORE)?;
+    let home = Home::new()?;
+    let origin = home.origin().await?;
+    let bench = Bench {
+        settings,
+        home,
+        origin,
+        parts,
+    };
+    // One after another: two rows at once would measure each other.
+    macro_rules! row {
+        ($name:literal, $work:literal, $measured:expr) => {
+            if settings.wants($name) {
+                if let Err(error) = $measured.await {
+                    report.not_measured($work, format!("{error:#}").replace('\n', " "));
+                }
+            }
+        };
+    }
+    if ["small", "ranges", "large", "l2"]
+        .iter()
+        .any(|row| settings.wants(row))
+        && let Err(error) = bench.hits(report).await
+    {
+        report.not_measured("hits", format!("{error:#}").replace('\n', " "));
+    }
+    row!(
+        "l2-write",
+        "writing L2 while filling",
+        bench.l2_write(report)
+    );
+    row!("peer", "a slice from a peer over QUIC", bench.peer(report));
+    row!("cold", "cold 1 GiB object", bench.cold(report));
+    row!(
+        "delayed",
+        "cold object behind a delay",
+        bench.delayed(report)
+    );
+    row!(
+        "connections",
+        "10,000 idle connections",
+        bench.connections(report)
+    );
+    row!(
+        "nodes",
+        "three nodes, two thirds over QUIC",
+        bench.nodes(report)
+    );
+    row!(
+        "growth",
+        "cost as objects grow in number",
+        bench.growth(report)
+    );
+    row!("start", "start-up with 10 GiB in L2", bench.start(report));
+    row!("purge", "PURGE to 200", purges::commits(&bench, report));
+    row!(
+        "purge-batch",
+        "purges in batches",
+        purges::batches(&bench, report)
+    );
+    row!(
+        "purge-load",
+        "hits with 1,000,000 live purges",
+        purges::load(&bench, report)
+    );
+    if settings.wants("purge-load") {
+        report.not_measured(
+            "hits with the purge checks on against off",
+            "no build without them; their cost by itself is in `make bench-micro`",
+        );
+    }
+    Ok(())
+}
+
+impl Bench<'_> {
+    /// One machine of ours on the server's core, before this bench's origin.
+    pub async fn ours(&self, settings: &[(&str, &str)]) -> Result<TestCluster> {
+        let mut options = Options::alone()
+            .set("upstream_address", format!("\"{}\"", self.origin.address))
+            .set("threads", 1)
+            .set("slice_size", "1m")
+            .set("l1_cache_size_bytes", "4g")
+            .set("enable_l2_cache", false);
+        for (key, value) in settings {
+            options = options.set(key, value);
+        }
+        let cluster = options.start().await;
+        pin(cluster.node(1).pid(), SERVER_CORE)?;
+        Ok(cluster)
+    }
+
+    async fn figures(
+        &self,
+        side: Side<'_>,
+        connections: usize,
+        pattern: Pattern,
+    ) -> Result<[f64; 3]> {
+        let before = cpu_seconds(side.pid);
+        let load = wrk(
+            &self.home.path(""),
+            side.address,
+            connections,
+            self.settings.turn,
+            pattern,
+        )
+        .await?;
+        let cpu_us = (cpu_seconds(side.pid) - before) * 1e6;
+        Ok([
+            load.per_second,
+            cpu_us / (load.bytes / MIB),
+            cpu_us / load.requests,
+        ])
+    }
+
+    /// Both sides take turns at the same load.
+    #[expect(clippy::too_many_arguments, reason = "a row of the table")]
+    async fn compare(
+        &self,
+        report: &mut Report,
+        row: &'static str,
+        work: &str,
+        (ours, theirs): (Side<'_>, Side<'_>),
+        connections: usize,
+        pattern: Pattern,
+        wanted: &[(Figure, Aim)],
+    ) -> Result<()> {
+        let mut turns = Vec::new();
+        for _ in 0..self.settings.pairs {
+            let a = self.figures(ours, connections, pattern).await?;
+            let b = self.figures(theirs, connections, pattern).await?;
+            turns.push((a, b));
+        }
+        for (figure, aim) in wanted {
+            let pick = |figures: &[f64; 3]| figures[*figure as usize];
+            report.add(Comparison {
+                row,
+                work: work.to_owned(),
+                against: theirs.name.to_owned(),
+                unit: figure.unit(),
+                aim: *aim,
+                pairs: turns.iter().map(|(a, b)| (pick(a), pick(b))).collect(),
+            });
+        }
+        Ok(())
+    }
+
+    async fn hits(&self, report: &mut Report) -> Result<()> {
+        use Aim::{AtLeast, AtMost};
+        use Figure::{CpuPerMib, CpuPerRequest, PerSecond};
+
+        let wants = |row| self.settings.wants(row);
+        let ours = self.ours(&[]).await?;
+        let floor = self.home.floor(self.parts).await?;
+        let nginx = self.home.nginx(self.origin.address).await?;
+        let varnish = self.home.varnish(self.origin.address).await?;
+        let ats = self.home.traffic_server(self.origin.address).await?;
+        let (us, floor, nginx) = (Side::ours(&ours), Side::of(&floor), Side::of(&nginx));
+        let (varnish, ats) = (Side::of(&varnish), Side::of(&ats));
+        for side in [us, nginx, varnish, ats] {
+            for object in ["/1024", "/10240", "/1048576", "/104857600", BIG] {
+                read(side.address, object)
+                    .await
+                    .context(side.name.to_owned())?;
+            }
+        }
+        // TinyUFO and Traffic Server keep for good what is asked for twice.
+        for side in [us, ats] {
+            read(side.address, BIG).await?;
+        }
+        if wants("small") {
+            for (work, path) in [
+                ("1 KiB, 64 connections", "/1024"),
+                ("10 KiB, 64 connections", "/10240"),
+            ] {
+                let pattern = Pattern::Whole { path };
+                let both = |aim| [(PerSecond, aim), (CpuPerRequest, Aim::None)];
+                self.compare(
+                    report,
+                    "small",
+                    work,
+                    (us, floor),
+                    64,
+                    pattern,
+                    &both(AtLeast(0.9)),
+                )
+                .await?;
+                self.compare(
+                    report,
+                    "small",
+                    work,
+                    (us, nginx),
+                    64,
+                    pattern,
+                    &both(AtLeast(1.0)),
+                )
+                .await?;
+            }
+        }
+        let ranges = Pattern::Ranges {
+            path: BIG,
+            total: GIB,
+            piece: 65536,
+            align: 1,
+        };
+        if wants("ranges") {
+            for (theirs, aim) in [(floor, 0.9), (nginx, 1.15), (ats, 5.0)] {
+                self.compare(
+                    report,
+                    "ranges",
+                    "random 64 KiB ranges of 1 GiB, 32 connections",
+                    (us, theirs),
+                    32,
+                    ranges,
+                    &[(PerSecond, AtLeast(aim)), (CpuPerRequest, Aim::None)],
+                )
+                .await?;
+            }
+        }
+        if wants("large") {
+            for (work, path, connections) in [
+                ("1 MiB, 16 connections", "/1048576", 16),
+                ("100 MiB, 4 connections", "/104857600", 4),
+            ] {
+                let pattern = Pattern::Whole { path };
+                for (theirs, aim) in [(floor, 1.1), (varnish, 1.0)] {
+                    self.compare(
+                        report,
+                        "large",
+                        work,
+                        (us, theirs),
+                        connections,
+                        pattern,
+                        &[(CpuPerMib, AtMost(aim)), (PerSecond, Aim::None)],
+                    )
+                    .await?;
+                }
+            }
+        }
+        if wants("l2") {
+            drop(ours);
+            let ours = self
+                .ours(&[
+                    ("l1_cache_size_bytes", "8m"),
+                    ("enable_l2_cache", "true"),
+                    ("l2_cache_size_bytes", "4g"),
+                ])
+                .await?;
+            read(ours.node(1).address(), BIG).await?;
+            until_on_disk(&ours, 1024.0).await?;
+            let us = Side::ours(&ours);
+            self.compare(
+                report,
+                "l2",
+                "64 KiB ranges from L2, 32 connections",
+                (us, nginx),
+                32,
+                ranges,
+                &[(PerSecond, AtLeast(0.5)), (CpuPerRequest, Aim::None)],
+            )
+            .await?;
+            self.l2_against_pread(report, us, floor, &ours).await?;
+        }
+        Ok(())
+    }
+
+    /// Slices from disk against the same read and written by nobody in between.
+    async fn l2_against_pread(
+        &self,
+        report: &mut Report,
+        us: Side<'_>,
+        floor: Side<'_>,
+        ours: &TestCluster,
+    ) -> Result<()> {
+        let mib = Pattern::Ranges {
+            path: BIG,
+            total: GIB,
+            piece: 1 << 20,
+            align: 1 << 20,
+        };
+        let file = self.home.path("www").join("1073741824");
+        let seconds = self.settings.turn.as_secs_f64().to_string();
+        let mut pairs = Vec::new();
+        for _ in 0..self.settings.pairs {
+            let [_, a, _] = self.figures(us, 16, mib).await?;
+            let [_, b, _] = self.figures(floor, 16, mib).await?;
+            let arguments = ["pread", crate::peers::path(&file), "1048576", &seconds];
+            let pread = number(
+                &floor_json(self.parts, SERVER_CORE, &arguments)?,
+                "cpu_us_per_mib",
+            )?;
+            pairs.push((a, b + pread));
+        }
+        let from_l2 = ours.node(1).metric("slices_total{source=\"l2\"}").await;
+        ensure!(from_l2 > 0.0, "nothing came from L2");
+        report.add(Comparison {
+            row: "l2",
+            work: "1 MiB from L2, 16 connections".into(),
+            against: "floor + pread".into(),
+            unit: "CPU us/MiB",
+            aim: Aim::AtMost(1.15),
+            pairs,
+        });
+        Ok(())
+    }
+
+    /// CPU of cold reads with L2 and without: the difference is the writing.
+    async fn l2_write(&self, report: &mut Report) -> Result<()> {
+        let mut pairs = Vec::new();
+        let mut times = Vec::new();
+        let file = self.home.path("sequential");
+        for _ in 0..self.settings.pairs {
+            let mut cpu = [0.0; 2];
+            let mut time = [0.0; 2];
+            for (at, l2) in ["true", "false"].into_iter().enumerate() {
+                let ours = self
+                    .ours(&[("enable_l2_cache", l2), ("l2_cache_size_bytes", "4g")])
+                    .await?;
+                let us = Side::ours(&ours);
+                let before = cpu_seconds(us.pid);
+                time[at] = read(us.address, BIG).await?.1.as_secs_f64();
+                if l2 == "true" {
+                    until_on_disk(&ours, 1024.0).await?;
+                }
+                cpu[at] = (cpu_seconds(us.pid) - before) * 1e6 / 1024.0;
+            }
+            let arguments = ["write", crate::peers::path(&file), "1024"];
+            let plain = number(
+                &floor_json(self.parts, SERVER_CORE, &arguments)?,
+                "cpu_us_per_mib",
+            )?;
+            pairs.push((cpu[0] - cpu[1], plain));
+            times.push((time[0], time[1]));
+        }
+        report.add(Comparison {
+            row: "l2-write",
+            work: "writing L2 while filling (with L2 less without)".into(),
+            against: "a sequential write with checksum".into(),
+            unit: "CPU us/MiB",
+            aim: Aim::AtMost(1.3),
+            pairs,
+        });
+        report.add(Comparison {
+            row: "l2-write",
+            work: "cold 1 GiB with L2".into(),
+            against: "without L2".into(),
+            unit: "s",
+            aim: Aim::None,
+            pairs: times,
+        });
+        Ok(())
+    }
+
+    async fn peer(&self, report: &mut Report) -> Result<()> {
+        let seconds = (2.0 * self.settings.turn.as_secs_f64()).to_string();
+        let mut all: [Vec<(f64, f64)>; 3] = Default::default();
+        for _ in 0..self.settings.pairs {
+            let ours = floor_json(self.parts, SERVER_CORE, &["quic", "ours", &seconds])?;
+            let bare = floor_json(self.parts, SERVER_CORE, &["quic", "bare", &seconds])?;
+            for (pairs, name) in all
+                .iter_mut()
+                .zip(["per_second", "cpu_us_per_mib", "p50_us"])
+            {
+                pairs.push((number(&ours, name)?, number(&bare, name)?));
+            }
+        }
+        let [per_second, cpu, p50] = all;
+        for (work, unit, aim, pairs) in [
+            (
+                "1 MiB from a peer, 4 at once",
+                "slices/s",
+                Aim::AtLeast(0.9),
+                per_second,
+            ),
+            (
+                "1 MiB from a peer, both sides",
+                "CPU us/MiB",
+                Aim::None,
+                cpu,
+            ),
+            (
+                "64 KiB from a peer, one at a time",
+                "p50 us",
+                Aim::AtMost(1.5),
+                p50,
+            ),
+        ] {
+            report.add(Comparison {
+                row: "peer",
+                work: work.into(),
+                against: "bare quinn".into(),
+                unit,
+                aim,
+                pairs,
+            });
+        }
+        Ok(())
+    }
+
+    async fn cold(&self, report: &mut Report) -> Result<()> {
+        let mut times = Vec::new();
+        let mut bytes = Vec::new();
+        for _ in 0..self.settings.pairs {
+            let ours = self
+                .ours(&[("enable_l2_cache", "true"), ("l2_cache_size_bytes", "4g")])
+                .await?;
+            let (length, a) = read(ours.node(1).address(), BIG).await?;
+            bytes.push((
+                ours.node(1).metric("bytes_from_origin_total").await,
+                length as f64,
+            ));
+            drop(ours);
+            let ats = self.home.traffic_server(self.origin.address).await?;
+            let (_, b) = read(ats.address, BIG).await?;
+            times.push((a.as_secs_f64(), b.as_secs_f64()));
+        }
+        report.add(Comparison {
+            row: "cold",
+            work: "cold 1 GiB object, one client".into(),
+            against: "Traffic Server".into(),
+            unit: "s",
+            aim: Aim::AtMost(1.0),
+            pairs: times,
+        });
+        report.add(Comparison {
+            row: "cold",
+            work: "bytes from the origin".into(),
+            against: "bytes of the object".into(),
+            unit: "bytes",
+            aim: Aim::AtMost(1.0),
+            pairs: bytes,
+        });
+        Ok(())
+    }
+
+    async fn delayed(&self, report: &mut Report) -> Result<()> {
+        const OBJECT: &str = "/67108864";
+        for ms in [20, 100] {
+            let relay = delaying_relay(self.origin.address, Duration::from_millis(ms)).await?;
+            let ours = self
+                .ours(&[("upstream_address", &format!("\"{relay}\""))])
+                .await?;
+            let nginx = self.home.nginx(relay).await?;
+            let mut pairs = Vec::new();
+            for turn in 0..self.settings.pairs {
+                // Another query, another object: cold each time.
+                let target = format!("{OBJECT}?{turn}");
+                let rate = |(bytes, time): (u64, Duration)| bytes as f64 / MIB / time.as_secs_f64();
+                let a = rate(read(ours.node(1).address(), &target).await?);
+                let b = rate(read(nginx.address, &target).await?);
+                pairs.push((a, b));
+            }
+            report.add(Comparison {
+                row: "delayed",
+                work: format!("cold 64 MiB, origin {ms} ms away, one client"),
+                against: "nginx".into(),
+                unit: "MiB/s",
+                aim: Aim::AtLeast(4.0),
+                pairs,
+            });
+        }
+        Ok(())
+    }
+
+    async fn connections(&self, report: &mut Report) -> Result<()> {
+        const IDLE: usize = 10_000;
+        let mut memory = Vec::new();
+        for _ in 0..self.settings.pairs.min(3) {
+            let ours = self.ours(&[]).await?;
+            let a = idle_bytes(Side::ours(&ours), IDLE).await?;
+            drop(ours);
+            let floor = self.home.floor(self.parts).await?;
+            let b = idle_bytes(Side::of(&floor), IDLE).await?;
+            memory.push((a, b));
+        }
+        report.add(Comparison {
+            row: "connections",
+            work: format!("memory per idle connection, of {IDLE}"),
+            against: "floor".into(),
+            unit: "bytes",
+            aim: Aim::AtMost(1.2),
+            pairs: memory,
+        });
+        let ours = self.ours(&[]).await?;
+        let us = Side::ours(&ours);
+        let _idle = open_idle(us.address, IDLE).await?;
+        let pattern = Pattern::Whole { path: "/1024" };
+        let mut pairs = Vec::new();
+        for _ in 0..self.settings.pairs {
+            let many = self.figures(us, 1000, pattern).await?[0];
+            let few = self.figures(us, 100, pattern).await?[0];
+            pairs.push((many, few));
+        }
+        report.add(Comparison {
+            row: "connections",
+            work: format!("1 KiB, 1,000 active and {IDLE} idle"),
+            against: "100 active".into(),
+            unit: "requests/s",
+            aim: Aim::AtLeast(1.0),
+            pairs,
+        });
+        Ok(())
+    }
+
+    async fn nodes(&self, report: &mut Report) -> Result<()> {
+        const OBJECT: &str = "/1073741824";
+        let mut options = Options::cluster(3)
+            .set("upstream_address", format!("\"{}\"", self.origin.address))
+            .set("threads", 1)
+            .set("slice_size", "1m")
+            .set("l1_cache_size_bytes", "64m")
+            .set("l2_cache_size_bytes", "4g");
+        options = options.set("max_concurrent_subrequests", 4);
+        let ours = options.start().await;
+        let pids: Vec<u32> = ours.nodes().iter().map(|node| node.pid()).collect();
+        for pid in &pids {
+            pin(*pid, SERVER_CORE)?;
+        }
+        let us = ours.node(1).address();
+        for _ in 0..2 {
+            read(us, OBJECT).await?;
+        }
+        let floor = self.home.floor(self.parts).await?;
+        let seconds = (2.0 * self.settings.turn.as_secs_f64()).to_string();
+        let crossed = |ours: &TestCluster| {
+            let node = ours.node(1).metrics_address();
+            async move { metric(node, "bytes_from_peers_total").await }
+        };
+        let (mut pairs, mut shares) = (Vec::new(), Vec::new());
+        for _ in 0..self.settings.pairs {
+            let cpu = || pids.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>();
+            let (before, peers_before) = (cpu(), crossed(&ours).await?);
+            read(us, OBJECT).await?;
+            let a = (cpu() - before) * 1e6 / 1024.0;
+            let share = (crossed(&ours).await? - peers_before) / GIB as f64;
+            let before = cpu_seconds(floor.pid());
+            read(floor.address, OBJECT).await?;
+            let one = (cpu_seconds(floor.pid()) - before) * 1e6 / 1024.0;
+            let bare = floor_json(self.parts, SERVER_CORE, &["quic", "bare", &seconds])?;
+            pairs.push((a, one + share * number(&bare, "cpu_us_per_mib")?));
+            shares.push((share, 2.0 / 3.0));
+        }
+        report.add(Comparison {
+            row: "nodes",
+            work: "three nodes, warm on disk, one client".into(),
+            against: "floor + bare quinn for what crossed".into(),
+            unit: "CPU us/MiB",
+            aim: Aim::AtMost(1.15),
+            pairs,
+        });
+        report.add(Comparison {
+            row: "nodes",
+            work: "share of the bytes that crossed QUIC".into(),
+            against: "two thirds".into(),
+            unit: "share",
+            aim: Aim::None,
+            pairs: shares,
+        });
+        Ok(())
+    }
+
+    async fn growth(&self, report: &mut Report) -> Result<()> {
+        const COUNTS: [u64; 3] = [1, 1_000, 1_000_000];
+        let mut nodes = Vec::new();
+        for count in COUNTS {
+            let ours = self.ours(&[("l1_cache_size_bytes", "12g")]).await?;
+            fill(ours.node(1).address(), count).await?;
+            nodes.push((count, ours));
+        }
+        let one = Side::ours(&nodes[0].1);
+        for (count, ours) in &nodes[1..] {
+            for (what, asked) in [("one", 1), ("any", *count)] {
+                let pattern = Pattern::Many {
+                    path: "/1024",
+                    count: asked,
+                };
+                let mut pairs = Vec::new();
+                for _ in 0..self.settings.pairs {
+                    let a = self.figures(Side::ours(ours), 64, pattern).await?[0];
+                    let alone = Pattern::Many {
+                        path: "/1024",
+                        count: 1,
+                    };
+                    pairs.push((a, self.figures(one, 64, alone).await?[0]));
+                }
+                report.add(Comparison {
+                    row: "growth",
+                    work: format!("1 KiB, {what} of {count} cached objects"),
+                    against: "1 cached object".into(),
+                    unit: "requests/s",
+                    aim: Aim::AtLeast(0.95),
+                    pairs,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn start(&self, report: &mut Report) -> Result<()> {
+        const OBJECTS: u64 = 10;
+        let mut ours = self
+            .ours(&[
+                ("l1_cache_size_bytes", "64m"),
+                ("enable_l2_cache", "true"),
+                ("l2_cache_size_bytes", "12g"),
+            ])
+            .await?;
+        for object in 0..OBJECTS {
+            read(ours.node(1).address(), &format!("{BIG}?{object}")).await?;
+            until_on_disk(&ours, 1024.0 * (object + 1) as f64).await?;
+        }
+        let mut pairs = Vec::new();
+        for turn in 0..self.settings.pairs {
+            let node = ours.node_mut(1);
+            node.kill();
+            let begin = Instant::now();
+            node.spawn();
+            machine::until_listening(node.address()).await?;
+            let target = format!("{BIG}?{}", turn as u64 % OBJECTS);
+            let mut stream = TcpStream::connect(node.address()).await?;
+            first_range(&mut stream, &target).await?;
+            pairs.push((begin.elapsed().as_secs_f64(), 2.0));
+            node.until_ready().await;
+            let from_origin = node.metric("origin_fetches_total").await;
+            ensure!(from_origin == 0.0, "the first hit was none");
+        }
+        report.add(Comparison {
+            row: "start",
+            work: "kill -9, start with 10 GiB in L2, first hit".into(),
+            against: "2 seconds".into(),
+            unit: "s",
+            aim: Aim::AtMost(1.0),
+            pairs,
+        });
+        Ok(())
+    }
+}
+
+/// A figure of a floor's line.
+pub fn number(line: &Value, name: &str) -> Result<f64> {
+    line[name]
+        .as_f64()
+        .with_context(|| format!("no {name} in {line}"))
+}
+
+async fn metric(address: SocketAddr, name: &str) -> Result<f64> {
+    let reply = pingora_slice_tests::Ask::get("/metrics")
+        .send(address)
+        .await?;
+    let metrics = pingora_slice_tests::metrics::Metrics::parse(&reply.text())?;
+    Ok(metrics.sum(name))
+}
+
+/// Waits until that many slices are on disk, or the writer has dropped some.
+async fn until_on_disk(ours: &TestCluster, slices: f64) -> Result<()> {
+    let node = ours.node(1);
+    let begin = Instant::now();
+    loop {
+        let metrics = node.metrics().await;
+        let dropped = metrics.sum("l2_writes_dropped_total");
+        let written = metrics.sum("l2_writes_total");
+        if written + dropped >= slices {
+            if dropped > 0.0 {
+                eprintln!("(the disk writer dropped {dropped} of {slices} slices)");
+            }
+            return Ok(());
+        }
+        ensure!(
+            begin.elapsed() < Duration::from_secs(120),
+            "{written} slices on disk"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// One range read over a connection that stays; returns when all is there.
+async fn first_range(stream: &mut TcpStream, target: &str) -> Result<()> {
+    let ask = format!("GET {target} HTTP/1.1\r\nHost: a\r\nRange: bytes=0-9\r\n\r\n");
+    stream.write_all(ask.as_bytes()).await?;
+    let mut got = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let count = stream.read(&mut buffer).await?;
+        ensure!(count > 0, "{target}: closed");
+        got.extend_from_slice(&buffer[..count]);
+        let head = got.windows(4).position(|w| w == b"\r\n\r\n");
+        if head.is_some_and(|end| got.len() >= end + 4 + 10) {
+            return Ok(());
+        }
+    }
+}
+
+/// Connections that have asked once and stay.
+async fn open_idle(address: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
+    let mut open = Vec::with_capacity(count);
+    for _ in 0..count {
+        let mut stream = TcpStream::connect(address).await?;
+        first_range(&mut stream, "/1024").await?;
+        open.push(stream);
+    }
+    Ok(open)
+}
+
+/// Memory that each further idle connection takes.
+async fn idle_bytes(side: Side<'_>, count: usize) -> Result<f64> {
+    // The first thousand pay for what is allocated once.
+    let first = open_idle(side.address, 1000).await?;
+    let before = resident_bytes(side.pid);
+    let rest = open_idle(side.address, count - 1000).await?;
+    let after = resident_bytes(side.pid);
+    let bytes = (after - before) / rest.len() as f64;
+    drop(first);
+    Ok(bytes)
+}
+
+/// Asks once for each of `count` objects, then once more: TinyUFO keeps for
+/// good what is asked for twice.
+async fn fill(address: SocketAddr, count: u64) -> Result<()> {
+    const AT_ONCE: u64 = 16;
+    let mut fillers = tokio::task::JoinSet::new();
+    for filler in 0..AT_ONCE.min(count) {
+        fillers.spawn(async move {
+            let mut stream = TcpStream::connect(address).await?;
+            for object in (filler..count).step_by(AT_ONCE as usize) {
+                first_range(&mut stream, &format!("/1024?{object}")).await?;
+            }
+            anyhow::Ok(())
+        });
+    }
+    while let Some(filled) = fillers.join_next().await {
+        filled??;
+    }
+    Ok(())
+}

@@ -1,0 +1,181 @@
+//! Who belongs, who dies, who is kept out.
+
+use std::process::{Command, Output, Stdio};
+
+use pingora_slice_tests::cluster::{Ports, binary, ca, issue_certificate};
+use pingora_slice_tests::{Ask, MIB, Options, TestCluster};
+
+/// Promise P6, for each node in turn: the downloader's own node is the one that lives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_download_survives_the_death_of_any_other_node() {
+    let mut cluster = TestCluster::start(3).await;
+    for dying in [2, 3] {
+        let film = cluster.origin.publish(&format!("/film{dying}"), 32 * MIB);
+        let mut gate = film.hold_at(8 * MIB);
+        let mut reading = cluster.node(1).reading(&film);
+        gate.holds_up(&mut reading).await;
+        cluster.node_mut(dying).kill();
+        gate.open();
+        let reply = reading.await.unwrap().unwrap();
+        assert!(
+            reply.body == film.content().all(),
+            "the download was damaged"
+        );
+        cluster.read_from_every_node(&film).await;
+        let counts = film.fetches_per_slice();
+        assert!(
+            counts.iter().all(|n| *n <= 2),
+            "one more at most: {counts:?}"
+        );
+        cluster.node_mut(dying).restart().await;
+        cluster.read_from_every_node(&film).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_node_alone_goes_on_answering() {
+    let mut cluster = TestCluster::start(3).await;
+    let film = cluster.origin.publish("/film", 8 * MIB);
+    cluster.read_from_every_node(&film).await;
+    cluster.node_mut(1).kill();
+    cluster.node_mut(2).kill();
+    let other = cluster.origin.publish("/other", 8 * MIB);
+    cluster.node(3).read(&film).await;
+    cluster.node(3).read(&other).await;
+    let health = Ask::get("/health")
+        .send(cluster.node(3).metrics_address())
+        .await
+        .unwrap();
+    assert_eq!(health.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn edges_follow_without_voting() {
+    let cluster = Options::cluster(3).edges(2).start().await;
+    let film = cluster.origin.publish("/film", 4 * MIB);
+    cluster.read_from_every_node(&film).await;
+    assert!(film.fetches_per_slice().iter().all(|n| *n == 1));
+    film.change();
+    cluster.node(5).purge("/film").await;
+    cluster.read_from_every_node(&film).await;
+    let (status, json) = cluster.node(4).admin("GET", "/v1/cluster", None).await;
+    assert_eq!(status, 200);
+    assert_eq!(json["nodes"].as_array().unwrap().len(), 5, "{json}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drained_node_owns_nothing_and_still_answers() {
+    let cluster = TestCluster::start(3).await;
+    let film = cluster.origin.publish("/film", 8 * MIB);
+    cluster.node(1).read(&film).await;
+    let (status, json) = cluster
+        .node(1)
+        .admin("POST", "/v1/nodes/3/drain", None)
+        .await;
+    assert_eq!(status, 200, "{json}");
+    cluster
+        .node(1)
+        .until("node 3 drains", async || {
+            let (_, json) = cluster.node(2).admin("GET", "/v1/cluster", None).await;
+            let nodes = json["nodes"].as_array().cloned().unwrap_or_default();
+            nodes
+                .iter()
+                .any(|node| node["id"] == 3 && node["state"] == "draining")
+        })
+        .await;
+    cluster.read_from_every_node(&film).await;
+    let counts = film.fetches_per_slice();
+    assert!(
+        counts[0] <= 2 && counts[1..].iter().all(|n| *n == 1),
+        "the old owner is asked first, but for the slice that comes with the manifest: {counts:?}"
+    );
+}
+
+/// A stranger with a certificate of another authority learns and changes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_of_another_authority_is_refused() {
+    let mut cluster = TestCluster::start(3).await;
+    let foreign = cluster.dir().join("foreign");
+    std::fs::create_dir(&foreign).unwrap();
+    ca(&foreign, &["init"]);
+    issue_certificate(&foreign, 3);
+    cluster.node_mut(3).kill();
+    for name in ["node3.pem", "node3.key"] {
+        std::fs::copy(foreign.join(name), cluster.dir().join(name)).unwrap();
+    }
+    cluster.node_mut(3).spawn();
+    let film = cluster.origin.publish("/film", 2 * MIB);
+    cluster.node(1).read(&film).await;
+    film.change();
+    let purged = cluster.node(1).purge("/film").await;
+    assert_eq!(
+        purged.json["fenced"],
+        serde_json::json!([3]),
+        "{}",
+        purged.json
+    );
+    let ready = Ask::get("/ready")
+        .send(cluster.node(3).metrics_address())
+        .await;
+    assert!(
+        ready.is_err() || ready.unwrap().status == 503,
+        "it holds no lease"
+    );
+    cluster.node(1).read(&film).await;
+    cluster.node(2).read(&film).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_processes_never_share_a_data_directory() {
+    let cluster = TestCluster::start(3).await;
+    // Its own ports, so that it is the directory that is refused.
+    let config = cluster.dir().join("second.yaml");
+    let ports = Ports::claim();
+    let yaml = format!(
+        "listen: \"{}\"\nupstream_address: \"{}\"\nenable_l2_cache: false\ncluster: {}\n",
+        ports.at(0),
+        cluster.origin.address(),
+        cluster.node(2).setting("cluster").replace(
+            &format!("listen: \"{}\"", cluster.node(2).peer_address()),
+            &format!("listen: \"{}\"", ports.at(1))
+        ),
+    );
+    std::fs::write(&config, yaml).unwrap();
+    let output = output_of(Command::new(binary("pingora-slice")).arg(config)).await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("in use by another process"), "{said}");
+    let film = cluster.origin.publish("/film", MIB);
+    cluster.read_from_every_node(&film).await;
+}
+
+async fn output_of(command: &mut Command) -> Output {
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    tokio::task::spawn_blocking(|| child.wait_with_output())
+        .await
+        .unwrap()
+        .unwrap()
+}
+
+/// A new disk under an old number would have forgotten its votes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_number_that_lost_its_disk_is_not_let_in_again() {
+    let mut cluster = TestCluster::start(3).await;
+    cluster.node_mut(3).kill();
+    std::fs::remove_dir_all(cluster.node(3).data_dir()).unwrap();
+    cluster.node_mut(3).spawn();
+    let status = cluster.node_mut(3).until_exit().await;
+    assert_eq!(status.code(), Some(1));
+    let log = cluster.node(3).log();
+    assert!(
+        log.contains("node_id 3 belongs to another machine"),
+        "{log}"
+    );
+    let film = cluster.origin.publish("/film", MIB);
+    cluster.read_from_every_node(&film).await;
+}

@@ -1,0 +1,139 @@
+//! What the operator sees adds up.
+
+use pingora_slice_tests::{Ask, MIB, SLICE_BYTES, TestCluster};
+
+const NAMES: &[&str] = &[
+    "requests_total",
+    "sliced_requests_total",
+    "passthrough_requests_total",
+    "cache_hits_total",
+    "cache_misses_total",
+    "cache_hit_rate",
+    "cache_errors_total",
+    "subrequests_total",
+    "failed_subrequests_total",
+    "retried_subrequests_total",
+    "subrequest_failure_rate",
+    "bytes_from_origin_total",
+    "bytes_from_cache_total",
+    "bytes_from_peers_total",
+    "bytes_to_client_total",
+    "request_duration_ms_avg",
+    "subrequest_duration_ms_avg",
+    "assembly_duration_ms_avg",
+    "purge_requests_total",
+    "purge_requests_by_result",
+    "purge_items_total",
+    "slices_total",
+    "request_duration_seconds_count",
+    "time_to_first_byte_seconds_count",
+    "origin_fetches_total",
+    "l1_bytes",
+    "l2_bytes",
+    "node_up",
+    "ring_epoch",
+    "purge_index",
+    "lease_valid",
+    "build_info",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_counters_agree_with_the_origin_and_the_clients() {
+    let cluster = TestCluster::start(3).await;
+    let film = cluster.origin.publish("/film", 4 * MIB);
+    cluster.read_from_every_node(&film).await;
+    cluster.read_from_every_node(&film).await;
+    cluster.node(1).purge("/film").await;
+    cluster
+        .node(1)
+        .ask(Ask::new("POST", "/form").body("x"))
+        .await;
+    let length = film.length() as f64;
+
+    let own = cluster.node(1).metrics().await;
+    for name in NAMES {
+        assert!(own.has(name), "pingora_slice_{name} is missing");
+    }
+    // Counted once the client has its last byte, or an instant later.
+    cluster
+        .node(1)
+        .until("what clients got is counted", async || {
+            cluster.metric_sum("bytes_to_client_total").await >= 6.0 * length
+        })
+        .await;
+    let slices = 6.0 * length / SLICE_BYTES as f64;
+    assert_eq!(
+        cluster.metric_sum("slices_total").await,
+        slices,
+        "each slice of each answer once"
+    );
+    assert_eq!(cluster.metric_sum("bytes_from_origin_total").await, length);
+    let from_origin = film.fetches() as f64;
+    assert_eq!(
+        cluster.metric_sum("origin_fetches_total").await,
+        from_origin
+    );
+    assert_eq!(cluster.metric_sum("passthrough_requests_total").await, 1.0);
+
+    let merged = cluster.node(2).cluster_metrics().await;
+    for name in [
+        "requests_total",
+        "slices_total",
+        "bytes_from_origin_total",
+        "cache_hits_total",
+    ] {
+        assert_eq!(merged.sum(name), cluster.metric_sum(name).await, "{name}");
+    }
+    for id in 1..=3 {
+        assert_eq!(
+            merged.sample(&format!("node_up{{node=\"{id}\"}}")),
+            Some(1.0)
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_node_is_seen_and_the_others_are_still_summed() {
+    let mut cluster = TestCluster::start(3).await;
+    let film = cluster.origin.publish("/film", MIB);
+    cluster.read_from_every_node(&film).await;
+    cluster.node_mut(3).kill();
+    let node = cluster.node(1);
+    node.until("node 3 is seen to be down", async || {
+        node.cluster_metrics().await.sample("node_up{node=\"3\"}") == Some(0.0)
+    })
+    .await;
+    let merged = node.cluster_metrics().await;
+    assert_eq!(merged.sum("node_up"), 2.0);
+    assert_eq!(
+        merged.sum("slices_total"),
+        cluster.metric_sum("slices_total").await
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_finds_a_page_and_a_probe_its_answers() {
+    let cluster = TestCluster::start(3).await;
+    for (path, holds) in [
+        ("/", "<html"),
+        ("/health", ""),
+        ("/ready", ""),
+        ("/metrics", "# HELP"),
+    ] {
+        let reply = Ask::get(path)
+            .send(cluster.node(1).metrics_address())
+            .await
+            .unwrap();
+        assert_eq!(reply.status, 200, "{path}");
+        assert!(reply.text().contains(holds), "{path}: {}", reply.text());
+    }
+    let reply = Ask::get("/nothing")
+        .send(cluster.node(1).metrics_address())
+        .await
+        .unwrap();
+    assert_eq!(reply.status, 404);
+    let without_token = Ask::get("/v1/cluster")
+        .send(cluster.node(1).admin_address())
+        .await;
+    assert_eq!(without_token.unwrap().status, 401);
+}

@@ -1,0 +1,625 @@
+//! What origins do, and what is right: a test for each row of the table in
+//! docs/ENGINE.md. For each: what the client sees, what is stored, how often
+//! the origin is asked, and what is counted.
+
+use std::time::Duration;
+
+use pingora_slice_tests::cluster::Ports;
+use pingora_slice_tests::http::{Reply, Stream};
+use pingora_slice_tests::{
+    Ask, Fault, Film, KIB, MIB, Node, Options, SLICE_BYTES, TestCluster, Validators,
+};
+
+const SLICES: u64 = 6;
+const LENGTH: u64 = SLICES * SLICE_BYTES - 77;
+
+/// One node that loses patience quickly.
+async fn impatient() -> TestCluster {
+    Options::alone()
+        .set(
+            "origin_timeouts",
+            "{connect: 1s, read: 500ms, total_header: 1s}",
+        )
+        .set("max_retries", 1)
+        .start()
+        .await
+}
+
+fn asked(film: &Film) -> usize {
+    film.seen().len()
+}
+
+async fn range(node: &Node, film: &Film, start: u64, end: u64) -> Reply {
+    let range = format!("bytes={start}-{}", end - 1);
+    node.ask(Ask::get(film.path()).range(&range)).await
+}
+
+/// Bytes of one version from the start on; how many, and whether the end was proper.
+async fn drain(mut stream: Stream, film: &Film, version: u32) -> (u64, bool) {
+    let content = film.content_of(version);
+    let mut at = 0;
+    loop {
+        match stream.next().await {
+            Ok(Some(piece)) => {
+                assert_eq!(content.difference(at, &piece), None, "after byte {at}");
+                at += piece.len() as u64;
+            }
+            Ok(None) => return (at, true),
+            Err(_) => return (at, false),
+        }
+    }
+}
+
+async fn faults(node: &Node, reason: &str) -> f64 {
+    let name = format!("stitch_faults_total{{reason=\"{reason}\"}}");
+    node.metric(&name).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_200_to_a_range() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    film.always(Fault::IgnoreRange);
+    let (start, end) = (3 * SLICE_BYTES - 5, 3 * SLICE_BYTES + 5);
+    node.read_range(&film, start, end).await;
+    node.read(&film).await;
+    node.read_range(&film, LENGTH - 1, LENGTH).await;
+    assert_eq!(asked(&film), 1, "one body, cut as it passed");
+    let warm = node.get("/film").await;
+    assert_eq!(warm.header("x-cache"), "HIT");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_200_to_a_range_in_the_middle_of_an_object() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", 40 * SLICE_BYTES + 1);
+    film.always_from(2 * SLICE_BYTES, Fault::IgnoreRange);
+    node.read(&film).await;
+    let wholes = film.seen().iter().filter(|seen| seen.status == 200).count();
+    // Those that the read-ahead had under way when the first came.
+    assert!((1..=4).contains(&wholes), "{wholes} whole bodies");
+    let before = asked(&film);
+    node.read(&film).await;
+    assert_eq!(asked(&film), before, "all of it was kept");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_416_for_an_empty_or_small_object() {
+    let cluster = TestCluster::start(3).await;
+    let node = cluster.node(1);
+    let empty = cluster.origin.publish("/empty", 0);
+    for _ in 0..2 {
+        let reply = node.get("/empty").await;
+        assert_eq!((reply.status, reply.body.len()), (200, 0));
+        assert_eq!(reply.header("content-length"), "0");
+    }
+    let reply = node.ask(Ask::get("/empty").range("bytes=0-0")).await;
+    assert_eq!(
+        (reply.status, reply.header("content-range")),
+        (416, "bytes */0")
+    );
+    assert_eq!(asked(&empty), 2, "the range, then the whole, once");
+
+    let small = cluster.origin.publish("/small", 100);
+    small.once(Fault::Unsatisfiable);
+    assert_eq!(node.get("/small").await.body, small.content().all());
+    cluster.read_from_every_node(&small).await;
+    assert_eq!(small.fetches(), 1);
+
+    // A range beyond the end of a cold object.
+    let film = cluster.origin.publish("/film", LENGTH);
+    let beyond = range(node, &film, 50 * SLICE_BYTES, 50 * SLICE_BYTES + 10).await;
+    assert_eq!(beyond.status, 416);
+    assert_eq!(
+        beyond.header("content-range"),
+        format!("bytes */{LENGTH}").as_str()
+    );
+    film.until("the first slice", |seen| {
+        seen.iter().all(|seen| seen.complete)
+    })
+    .await;
+    let sent: u64 = film.seen().iter().map(|seen| seen.sent).sum();
+    assert!(sent <= SLICE_BYTES, "{sent} bytes to say where the end is");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_206_that_is_not_what_was_asked() {
+    let cluster = Options::alone()
+        .set("stitch_log", "{enabled: true, pace: 1h}")
+        .set("max_retries", 2)
+        .start()
+        .await;
+    let node = cluster.node(1);
+    let bad = 2 * SLICE_BYTES;
+    for fault in [
+        Fault::ShiftedRange,
+        Fault::NoContentRange,
+        Fault::WrongUnit,
+        Fault::ShortRange,
+        Fault::ShortBody,
+    ] {
+        println!("{fault:?}");
+        let before = faults(node, "content-range").await;
+        // Once, at the very first answer.
+        let path = format!("/first-{fault:?}");
+        let film = cluster.origin.publish(&path, LENGTH);
+        film.once(fault.clone());
+        node.read(&film).await;
+        assert!(film.fetches_per_slice()[1..].iter().all(|n| *n == 1));
+        assert_eq!(asked(&film) as u64, SLICES + 1);
+
+        // Once, in the middle.
+        let path = format!("/middle-{fault:?}");
+        let film = cluster.origin.publish(&path, LENGTH);
+        film.once_from(bad, fault.clone());
+        node.read(&film).await;
+        node.read(&film).await;
+        assert_eq!(asked(&film) as u64, SLICES + 1);
+        assert_eq!(faults(node, "content-range").await, before + 2.0);
+
+        // Always: an error before the header, a cut after it, nothing stored.
+        let path = format!("/always-{fault:?}");
+        let film = cluster.origin.publish(&path, LENGTH);
+        node.read_range(&film, 0, 10).await;
+        film.always_from(bad, fault.clone());
+        let reply = range(node, &film, bad, bad + 10).await;
+        assert_eq!(reply.status, 502, "{fault:?}");
+        let seen = film.seen();
+        let tries = seen.iter().filter(|seen| seen.body.start >= bad);
+        assert_eq!(tries.count(), 3, "the first and two more");
+        let (read, whole) = drain(node.open(Ask::get(film.path())).await, &film, 1).await;
+        assert!(!whole && read <= bad, "{read} bytes, proper end: {whole}");
+        film.behave();
+        node.read(&film).await;
+    }
+    let lines = node.log().matches("stitching fault").count();
+    assert_eq!(lines, 1, "one line in an hour");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_206_with_another_total() {
+    let cluster = Options::alone()
+        .set("stitch_log", "{enabled: false}")
+        .start()
+        .await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    film.once_from(2 * SLICE_BYTES, Fault::WrongTotal);
+    node.read(&film).await;
+    assert_eq!(faults(node, "length").await, 1.0);
+    assert_eq!(asked(&film) as u64, SLICES + 1);
+    assert_eq!(node.log().matches("stitching fault").count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_206_with_more_bytes_than_it_says() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    node.read_range(&film, 0, 10).await;
+    film.always_from(2 * SLICE_BYTES, Fault::LongBody);
+    let bad = 2 * SLICE_BYTES;
+    range(node, &film, bad, bad + 10).await;
+    node.until("it is counted", async || {
+        faults(node, "too-long").await > 0.0
+    })
+    .await;
+    film.behave();
+    node.read(&film).await;
+    assert_eq!(film.fetches_per_slice()[2], 2, "the wrong one was not kept");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_between_slices_before_the_first_byte() {
+    let cluster = TestCluster::start(3).await;
+    for (path, length) in [("/same-length", LENGTH), ("/longer", LENGTH + SLICE_BYTES)] {
+        let film = cluster.origin.publish(path, LENGTH);
+        for node in cluster.nodes() {
+            node.read_range(&film, 0, 10).await;
+        }
+        film.change_to(length);
+        // A slice that nobody has: the new version, at once, at every node.
+        let at = 3 * SLICE_BYTES;
+        cluster.node(1).read_range(&film, at, at + 10).await;
+        for node in cluster.nodes() {
+            node.until("the new version everywhere", async || {
+                let reply = range(node, &film, 0, 10).await;
+                film.content().difference(0, &reply.body).is_none()
+            })
+            .await;
+            node.read(&film).await;
+        }
+        let newest = film.seen();
+        let slices = length.div_ceil(SLICE_BYTES) as usize;
+        let of_new = newest.iter().filter(|s| s.version == 2 && s.fetched());
+        let of_new = of_new.count();
+        assert!(of_new <= slices + 2, "{of_new} fetches of {slices} slices");
+    }
+    assert!(cluster.metric_sum("stitch_faults_total").await >= 2.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_between_slices_after_the_first_byte() {
+    let cluster = TestCluster::start(3).await;
+    let film = cluster.origin.publish("/film", 16 * MIB);
+    let mut gate = film.hold_at(8 * MIB);
+    let mut stream = cluster.node(1).open(Ask::get("/film")).await;
+    let mut read = 0;
+    while read < 7 * MIB {
+        read += stream.next().await.unwrap().unwrap().len() as u64;
+    }
+    gate.holds(1).await;
+    film.change();
+    gate.open();
+    let mut rest = Vec::new();
+    let proper = loop {
+        match stream.next().await {
+            Ok(Some(piece)) => rest.extend_from_slice(&piece),
+            end => break end.is_ok(),
+        }
+    };
+    assert!(!proper, "cut, visibly");
+    assert_eq!(film.content_of(1).difference(read, &rest), None, "mixture");
+    // The next request is whole, everywhere.
+    for node in cluster.nodes() {
+        node.until("the new version", async || {
+            let reply = range(node, &film, 0, 10).await;
+            film.content().difference(0, &reply.body).is_none()
+        })
+        .await;
+        node.read(&film).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gives_only_a_weak_tag_or_a_date() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    for validators in [Validators::Weak, Validators::Date] {
+        let film = cluster.origin.publish(&format!("/{validators:?}"), LENGTH);
+        film.validators(validators);
+        node.read(&film).await;
+        node.read(&film).await;
+        assert!(film.fetches_per_slice().iter().all(|n| *n == 1));
+        assert!(film.seen().iter().all(|seen| seen.status == 206));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gives_other_tags_from_other_replicas() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    for validators in [Validators::Replicas, Validators::Unsteady] {
+        println!("{validators:?}");
+        let before = faults(node, "entity-tag").await;
+        let film = cluster.origin.publish(&format!("/{validators:?}"), LENGTH);
+        film.validators(validators);
+        if validators == Validators::Replicas {
+            film.header("Date", "");
+        }
+        node.read(&film).await;
+        let cold = asked(&film) as u64;
+        assert!(cold <= 3 * SLICES, "{cold} requests for {SLICES} slices");
+        node.read(&film).await;
+        assert_eq!(asked(&film) as u64, cold, "kept");
+        assert!(faults(node, "entity-tag").await > before);
+    }
+    // A change that only the tag tells is a change.
+    let film = cluster.origin.publish("/changes", LENGTH);
+    film.validators(Validators::Replicas);
+    node.read_range(&film, 0, 10).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gives_nothing_that_identifies_bytes() {
+    let cluster = TestCluster::start(3).await;
+    for validators in [Validators::WeakAlone, Validators::Nothing] {
+        let film = cluster.origin.publish(&format!("/{validators:?}"), LENGTH);
+        film.validators(validators);
+        cluster.read_from_every_node(&film).await;
+        let node = cluster.node(2);
+        node.read_range(&film, SLICE_BYTES - 1, SLICE_BYTES + 1)
+            .await;
+        let seen: Vec<u16> = film.seen().iter().map(|seen| seen.status).collect();
+        assert_eq!(seen, [206, 200], "a look, then the whole: {validators:?}");
+    }
+    assert_eq!(cluster.metric_sum("stitch_faults_total").await, 2.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refuses_in_the_middle_of_an_object() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let middle = 3 * SLICE_BYTES;
+    for (at, fault) in [
+        Fault::Status(304),
+        Fault::Status(412),
+        Fault::Status(404),
+        Fault::Status(403),
+        Fault::Status(500),
+        Fault::Status(503),
+        Fault::Status(429),
+        Fault::Redirect("/elsewhere".into()),
+        Fault::Hangup,
+        Fault::Garbage(b"HTTP/1.1 nonsense\r\n\r\n".to_vec()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        println!("{fault:?}");
+        // Once, before the client's header: nobody notices.
+        let film = cluster.origin.publish(&format!("/once-{at}"), LENGTH);
+        node.read_range(&film, 0, 10).await;
+        film.once_from(middle, fault.clone());
+        node.read_range(&film, middle, middle + 10).await;
+        node.read(&film).await;
+        let counts = film.fetches_per_slice();
+        assert!(counts.iter().all(|n| *n == 1), "{counts:?}");
+
+        // Always: never a wrong byte, never a short answer that looks whole.
+        let film = cluster.origin.publish(&format!("/always-{at}"), LENGTH);
+        film.always_from(middle, fault.clone());
+        let (read, whole) = drain(node.open(Ask::get(film.path())).await, &film, 1).await;
+        assert!(!whole && read <= middle, "{read}, {whole}");
+        film.behave();
+        node.read(&film).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redirects() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    film.times(2, Fault::Redirect("/elsewhere".into()));
+    for _ in 0..2 {
+        let reply = node.get("/film").await;
+        let location = reply.header("location");
+        assert_eq!((reply.status, location), (302, "/elsewhere"));
+    }
+    node.read(&film).await;
+    let others = cluster.origin.log();
+    assert!(others.iter().all(|seen| seen.target == "/film"), "followed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stalls_or_breaks_off() {
+    let cluster = impatient().await;
+    let node = cluster.node(1);
+    let middle = 3 * SLICE_BYTES;
+    for fault in [Fault::StallAfter(1000), Fault::CloseAfter(1000)] {
+        println!("{fault:?}");
+        // Once: taken up again where it broke off.
+        let film = cluster.origin.publish(&format!("/once-{fault:?}"), LENGTH);
+        film.once_from(middle, fault.clone());
+        node.read(&film).await;
+        let resumed = |seen: &pingora_slice_tests::origin::Seen| {
+            seen.body.start % SLICE_BYTES == 1000 && seen.header("if-range").contains('"')
+        };
+        assert!(film.seen().iter().any(resumed), "{:#?}", film.seen());
+        assert_eq!(asked(&film) as u64, SLICES + 1);
+
+        // Always, from the slice's first byte on: an error, or a cut.
+        let film = cluster
+            .origin
+            .publish(&format!("/always-{fault:?}"), LENGTH);
+        node.read_range(&film, 0, 10).await;
+        let none = match fault {
+            Fault::StallAfter(_) => Fault::StallAfter(0),
+            _ => Fault::CloseAfter(0),
+        };
+        film.always_from(middle, none);
+        let reply = range(node, &film, middle, middle + 10).await;
+        let expected = match fault {
+            Fault::StallAfter(_) => 504,
+            _ => 502,
+        };
+        assert_eq!(reply.status, expected, "{fault:?}");
+        let (read, whole) = drain(node.open(Ask::get(film.path())).await, &film, 1).await;
+        assert!(!whole && read <= middle, "{read}, {whole}");
+        film.behave();
+        node.read(&film).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn is_slow_before_the_header() {
+    let cluster = impatient().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    film.always(Fault::Delay(Duration::from_secs(20)));
+    let reply = node.get("/film").await;
+    assert_eq!(reply.status, 504);
+    assert_eq!(asked(&film), 2, "and once more");
+    film.behave();
+    node.read(&film).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drips() {
+    let cluster = impatient().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", 64 * KIB);
+    // Slower than the deadline for the whole, never silent for as long.
+    film.always(Fault::Drip(32 * KIB));
+    node.read(&film).await;
+    assert_eq!(asked(&film), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn breaks_off_a_body_without_a_length() {
+    let cluster = impatient().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    film.validators(Validators::Nothing);
+    film.always(Fault::NoLengthCloseAfter(SLICE_BYTES + 10));
+    let (read, whole) = drain(node.open(Ask::get("/film")).await, &film, 1).await;
+    assert!(!whole && read <= SLICE_BYTES + 10, "{read}, {whole}");
+    film.behave();
+    film.always(Fault::NoLength);
+    for _ in 0..2 {
+        assert_eq!(node.get("/film").await.body, film.content().all());
+    }
+    // With a validator it is taken up again.
+    let film = cluster.origin.publish("/tagged", LENGTH);
+    film.once(Fault::NoLengthCloseAfter(SLICE_BYTES + 10));
+    film.always(Fault::NoLength);
+    assert_eq!(node.get("/tagged").await.body, film.content().all());
+    assert_eq!(asked(&film), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn never_ends() {
+    let cluster = Options::alone().set("max_object_size", "4m").start().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", 1 << 50);
+    film.validators(Validators::Nothing).always(Fault::NoLength);
+    let mut stream = node.open(Ask::get("/film")).await;
+    assert_eq!(stream.status, 200);
+    let mut at = 0;
+    while at < 24 * MIB {
+        let piece = stream.next().await.unwrap().unwrap();
+        assert_eq!(film.content().difference(at, &piece), None);
+        at += piece.len() as u64;
+    }
+    drop(stream);
+    // Beyond the cap it is for those who read it, and nobody reads.
+    let mut sent = at;
+    node.until("the origin is left in peace", async || {
+        let before = std::mem::replace(&mut sent, film.seen()[0].sent);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        before == film.seen()[0].sent
+    })
+    .await;
+    // Eight slices of window, and the kernel's buffers on both sides of the node.
+    assert!(sent <= at + 32 * MIB, "{sent} bytes for {at}");
+    let l2 = node.metric("l2_bytes").await;
+    assert!(l2 <= 64.0 * MIB as f64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sends_more_than_may_be_kept() {
+    let cluster = Options::alone().set("max_object_size", "1m").start().await;
+    let node = cluster.node(1);
+    for (path, fault) in [
+        ("/ranges", None),
+        ("/no-ranges", Some(Fault::IgnoreRange)),
+        ("/no-length", Some(Fault::NoLength)),
+    ] {
+        let film = cluster.origin.publish(path, 3 * MIB + 1);
+        if let Some(fault) = fault {
+            film.always(fault);
+        }
+        for _ in 0..2 {
+            let before = asked(&film);
+            let reply = node.get(path).await;
+            assert_eq!(reply.body, film.content().all(), "{path}");
+            assert_ne!(reply.header("x-cache"), "HIT", "{path}");
+            assert!(asked(&film) > before, "{path}: kept");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn encodes_what_was_asked_for_as_it_is() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    film.once_from(2 * SLICE_BYTES, Fault::Gzip);
+    node.read(&film).await;
+    node.read(&film).await;
+    assert_eq!(asked(&film) as u64, SLICES + 1);
+    let ranged = film.seen();
+    assert!(
+        ranged
+            .iter()
+            .all(|seen| seen.header("accept-encoding") == "identity")
+    );
+    // Whatever is asked: as one body, with its encoding, never in slices.
+    let film = cluster.origin.publish("/always", LENGTH);
+    film.always(Fault::Gzip);
+    let reply = node.get("/always").await;
+    assert_eq!(reply.header("content-encoding"), "gzip");
+    assert_eq!(reply.body, film.content().all());
+    let kept: Vec<u16> = film.seen().iter().map(|seen| seen.status).collect();
+    assert_eq!(kept, [206, 206, 200]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn says_that_it_is_for_one_client() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    for (path, name, value) in [
+        ("/private", "Cache-Control", "private, max-age=60"),
+        ("/no-store", "Cache-Control", "no-store"),
+    ] {
+        let film = cluster.origin.publish(path, LENGTH);
+        film.header(name, value);
+        for _ in 0..2 {
+            let before = film.fetches();
+            node.read(&film).await;
+            assert!(film.fetches() > before, "{path}: kept");
+            node.read_range(&film, 5, 10).await;
+        }
+    }
+    let film = cluster.origin.publish("/cookie", LENGTH);
+    film.header("Cache-Control", "max-age=60");
+    film.header("Set-Cookie", "a=b");
+    node.read(&film).await;
+    let before = film.fetches();
+    node.read(&film).await;
+    assert!(film.fetches() > before, "kept");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_errors() {
+    let cluster = Options::alone().set("max_retries", 2).start().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    // A failure that says nothing about itself may pass; the rest are answers.
+    for (status, tries) in [(403, 1), (500, 3), (503, 3), (451, 1)] {
+        film.behave().always(Fault::Status(status));
+        for _ in 0..2 {
+            let before = asked(&film);
+            let reply = node.get("/film").await;
+            assert_eq!(reply.status, status);
+            assert_eq!(reply.text(), format!("{status}, as told\n"));
+            assert_eq!(asked(&film) - before, tries, "{status}");
+        }
+    }
+    film.behave();
+    node.read(&film).await;
+    for _ in 0..3 {
+        assert_eq!(node.get("/nothing-here").await.status, 404);
+    }
+    let missing = cluster.origin.log();
+    let missing = missing.iter().filter(|s| s.target == "/nothing-here");
+    assert_eq!(missing.count(), 1, "a 404 is kept for a short time");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cannot_be_connected_to() {
+    let nobody = Ports::claim();
+    let mut cluster = Options::alone().set("max_retries", 1).prepare().await;
+    let upstreams = [nobody.at(0), cluster.origin.address()];
+    let node = cluster.node_mut(1);
+    node.set(
+        "upstream_address",
+        format!("{:?}", upstreams.map(|a| a.to_string())),
+    );
+    node.spawn();
+    node.until_ready().await;
+    // Whoever's turn it is.
+    for nth in 0..4 {
+        let film = cluster.origin.publish(&format!("/film-{nth}"), LENGTH);
+        cluster.node(1).read(&film).await;
+    }
+    let film = cluster.origin.publish("/late", LENGTH);
+    cluster.origin.stop().await;
+    assert_eq!(cluster.node(1).get("/late").await.status, 502);
+    // The last one tried is tried all the same.
+    cluster.origin.resume().await;
+    cluster.node(1).read(&film).await;
+}

@@ -1,0 +1,121 @@
+//! What survives: the disk store and the purges, whatever the end was like.
+
+use pingora_slice_tests::{Film, MIB, Options, TestCluster};
+
+/// Everything is on this node's disk, as far as it says.
+async fn until_on_disk(cluster: &TestCluster, film: &Film) {
+    let length = film.length() as f64;
+    for node in cluster.nodes() {
+        node.until("the slices are on disk", async || {
+            cluster.metric_sum("l2_bytes").await >= length
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_disk_store_survives_any_end() {
+    let mut cluster = TestCluster::alone().await;
+    let film = cluster.origin.publish("/film", 16 * MIB);
+    cluster.node(1).read(&film).await;
+    until_on_disk(&cluster, &film).await;
+    assert!(
+        cluster.node_mut(1).terminate().await.success(),
+        "SIGTERM ends with 0"
+    );
+    cluster.node_mut(1).restart().await;
+    cluster.node(1).read(&film).await;
+    assert!(
+        film.fetches_per_slice().iter().all(|n| *n == 1),
+        "after SIGTERM"
+    );
+    cluster.node_mut(1).kill();
+    cluster.node_mut(1).restart().await;
+    cluster.node(1).read(&film).await;
+    assert!(
+        film.fetches_per_slice().iter().all(|n| *n == 1),
+        "after kill -9"
+    );
+    assert!(cluster.node(1).metric("slices_total{source=\"l2\"}").await > 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_that_is_restarted_as_one_remembers_everything() {
+    let mut cluster = TestCluster::start(3).await;
+    let kept = cluster.origin.publish("/kept", 8 * MIB);
+    let purged = cluster.origin.publish("/purged", MIB);
+    cluster.read_from_every_node(&kept).await;
+    cluster.read_from_every_node(&purged).await;
+    until_on_disk(&cluster, &kept).await;
+    purged.change();
+    let purge = cluster.node(3).purge("/purged").await;
+    cluster.origin.forget_log();
+    cluster.restart_all().await;
+    cluster.until_applied(&purge).await;
+    cluster.read_from_every_node(&purged).await;
+    cluster.read_from_every_node(&kept).await;
+    assert_eq!(kept.fetches(), 0, "{:#?}", kept.seen());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_machine_remembers_its_purges() {
+    let mut cluster = TestCluster::alone().await;
+    let film = cluster.origin.publish("/film", 2 * MIB);
+    cluster.node(1).read(&film).await;
+    until_on_disk(&cluster, &film).await;
+    film.change();
+    cluster.node(1).purge("/film").await;
+    cluster.node_mut(1).restart().await;
+    cluster.node(1).read(&film).await;
+}
+
+/// A new slice size is for new generations: the old ones stay good.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_slice_size_can_be_changed_without_losing_the_cache() {
+    let mut cluster = Options::alone().set("slice_size", "262144").start().await;
+    let film = cluster.origin.publish("/film", 4 * MIB);
+    cluster.node(1).read(&film).await;
+    until_on_disk(&cluster, &film).await;
+    cluster.node_mut(1).set("slice_size", "1m");
+    cluster.node_mut(1).restart().await;
+    cluster.node(1).read(&film).await;
+    assert!(film.fetches_per_slice().iter().all(|n| *n == 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_disk_costs_a_fetch_and_no_wrong_byte() {
+    let mut cluster = TestCluster::alone().await;
+    let film = cluster.origin.publish("/film", 8 * MIB);
+    cluster.node(1).read(&film).await;
+    until_on_disk(&cluster, &film).await;
+    cluster.node_mut(1).kill();
+    // One bit in each 10 000 bytes of every big file.
+    let mut damaged = 0;
+    for file in files_below(&cluster.node(1).l2_dir()) {
+        let mut bytes = std::fs::read(&file).unwrap();
+        if bytes.len() as u64 >= MIB {
+            bytes.iter_mut().step_by(10_000).for_each(|byte| *byte ^= 4);
+            std::fs::write(&file, bytes).unwrap();
+            damaged += 1;
+        }
+    }
+    assert!(damaged > 0, "no region files were found");
+    cluster.node_mut(1).restart().await;
+    cluster.node(1).read(&film).await;
+    cluster.node(1).read(&film).await;
+}
+
+fn files_below(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        // fjall's own files are its business; a store that cannot open its
+        // index begins anew, which is another test.
+        if path.is_dir() && !path.to_string_lossy().contains("index") {
+            files.extend(files_below(&path));
+        } else if path.is_file() {
+            files.push(path);
+        }
+    }
+    files
+}
