@@ -1,7 +1,7 @@
 //! Promise P3: the origin sees each missing slice once.
 
 use futures::future::join_all;
-use pingora_slice_tests::{Ask, MIB, TestCluster};
+use pingora_slice_tests::{Ask, MIB, Options, TestCluster};
 
 /// Everybody asks while the very first fill is under way, held by the origin.
 #[tokio::test(flavor = "multi_thread")]
@@ -33,9 +33,13 @@ async fn sixty_clients_of_a_cold_object_cost_one_fetch_per_slice() {
     assert!(counts.iter().all(|n| *n == 1), "{counts:?}");
 }
 
+/// Also what memory has no room for: it lands on disk alone, while others look for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_cold_object_is_fetched_once_for_all_nodes() {
-    let cluster = TestCluster::start(3).await;
+    let cluster = Options::cluster(3)
+        .set("l1_cache_size_bytes", "2m")
+        .start()
+        .await;
     let film = cluster.origin.publish("/film", 256 * MIB);
     let reading = (0..6).map(|n| cluster.node(n % 3 + 1).read(&film));
     join_all(reading).await;

@@ -403,7 +403,7 @@ impl Engine {
         }
         // The flight before ours may have landed after we missed.
         let is_here = self.from_memory(&fill, &flight)
-            || (under_way.is_some() && self.from_disk(&fill, &flight).await);
+            || self.from_disk(&fill, &flight).await;
         if is_here {
             self.end_origin_fill(&fill, &flight, Ok(()));
             return;
