@@ -15,6 +15,7 @@ mod fill;
 mod inspect;
 mod part;
 mod resolve;
+mod tags;
 mod whole;
 
 use std::collections::{HashMap, HashSet};
@@ -46,6 +47,7 @@ use crate::stitch::StitchLog;
 
 pub use fill::Fill;
 use resolve::Resolves;
+use tags::OtherTags;
 use whole::Wholes;
 
 /// How long a peer may be silent before it is asked whether it lives.
@@ -200,8 +202,7 @@ struct Inner {
     wholes: Wholes,
     resolves: Resolves,
     uncacheable: Mutex<HashMap<ObjectKey, std::time::Instant>>,
-    /// Versions whose origin gives entity tags that mean nothing.
-    dated: Mutex<HashSet<Generation>>,
+    other_tags: Mutex<OtherTags>,
     /// Versions whose end is being announced.
     ending: Mutex<HashSet<Generation>>,
     stitch: StitchLog,
@@ -252,7 +253,7 @@ impl Engine {
             wholes: Wholes::default(),
             resolves: Resolves::default(),
             uncacheable: Mutex::default(),
-            dated: Mutex::default(),
+            other_tags: Mutex::default(),
             ending: Mutex::default(),
             metrics,
             runtime,

@@ -1,7 +1,7 @@
 //! Where the bytes of a slice come from, told once: see [`Engine::fill`].
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -12,6 +12,7 @@ use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Part, SliceAsk, Ve
 use pingora_slice_cluster::{NodeId, ObjectKey, PurgeIndex, SliceId};
 
 use super::resolve::{back_off, write_date};
+use super::tags::OtherTags;
 use super::{Engine, PATIENCE};
 use crate::budget::Permit;
 use crate::flight::{FillError, Flight, SliceReader, Source};
@@ -402,8 +403,7 @@ impl Engine {
             return;
         }
         // The flight before ours may have landed after we missed.
-        let is_here = self.from_memory(&fill, &flight)
-            || self.from_disk(&fill, &flight).await;
+        let is_here = self.from_memory(&fill, &flight) || self.from_disk(&fill, &flight).await;
         if is_here {
             self.end_origin_fill(&fill, &flight, Ok(()));
             return;
@@ -552,6 +552,10 @@ impl Engine {
         })
     }
 
+    fn other_tags(&self) -> MutexGuard<'_, OtherTags> {
+        self.inner.other_tags.lock().expect("no panic while held")
+    }
+
     /// Tries the origin, resuming where a try broke off. An error says why
     /// another try would not help: the last one failed, or the answer is of
     /// another form.
@@ -563,7 +567,7 @@ impl Engine {
     ) -> Result<(), Retry> {
         let started = Instant::now();
         self.inner.metrics.subrequests_total.inc();
-        let mut tags = Tags::of(self, fill);
+        let mut other_tags: Vec<String> = Vec::new();
         let mut attempt = 0;
         // Not for a body that is read up to the slice: that takes what it takes.
         let total = match &arriving {
@@ -571,8 +575,10 @@ impl Engine {
             _ => self.inner.config.origin_timeouts.total,
         };
         let deadline = tokio::time::Instant::now() + total;
+        let version = fill.slice.generation;
         let result = loop {
-            let once = self.try_once(fill, flight, arriving.take(), &tags);
+            let by_date = self.other_tags().say_nothing(version);
+            let once = self.try_once(fill, flight, arriving.take(), by_date);
             let error = match tokio::time::timeout_at(deadline, once).await {
                 Ok(Err(retry @ (Retry::Yes(_) | Retry::OtherTag(_)))) => retry,
                 Ok(result) => break result,
@@ -585,22 +591,26 @@ impl Engine {
                     }));
                 }
             };
-            // Another slice may have found out meanwhile that tags say nothing here.
-            let learnt = !tags.by_date && tags.ask_again(self, fill);
+            if let Retry::OtherTag(tag) = &error {
+                let mut tags = self.other_tags();
+                tags.heard_other(version, Instant::now());
+                if other_tags.iter().any(|other| other != tag) {
+                    tags.heard_many(version);
+                }
+                other_tags.push(tag.clone());
+            }
+            // Another slice may have found it out meanwhile.
+            let learnt = !by_date && self.other_tags().say_nothing(version);
             if attempt >= self.inner.config.max_retries && !learnt {
                 break Err(error);
             }
             attempt += 1;
             self.inner.metrics.retried_subrequests_total.inc();
-            match error {
-                // Another replica may answer: nothing is wrong with this one.
-                Retry::OtherTag(tag) => tags.note(self, fill, tag),
-                _ => tokio::time::sleep(back_off(attempt)).await,
+            // Another replica may answer at once: nothing is wrong with this one.
+            if !matches!(error, Retry::OtherTag(_)) {
+                tokio::time::sleep(back_off(attempt)).await;
             }
         };
-        if result.is_ok() && !tags.seen.is_empty() {
-            self.trust_dates(fill);
-        }
         if matches!(
             result,
             Err(Retry::Yes(_) | Retry::No(_) | Retry::OtherTag(_))
@@ -619,7 +629,7 @@ impl Engine {
         fill: &Fill,
         flight: &Arc<Flight>,
         arriving: Option<(OriginBody, Option<u64>)>,
-        tags: &Tags,
+        by_date: bool,
     ) -> Result<(), Retry> {
         let whole = fill.bytes();
         let (mut body, before) = match arriving {
@@ -633,14 +643,18 @@ impl Engine {
                     head: false,
                     range: Some(asked.clone()),
                     open_range: None,
-                    fields: if tags.by_date {
+                    fields: if by_date {
                         if_range_date(&fill.version)
                     } else {
                         if_range(&fill.version)
                     },
                 };
+                let asked_at = Instant::now();
                 let answer = self.inner.origin.get(&fill.request, &wanted).await?;
-                self.judge_slice_answer(fill, &asked, &answer, tags.by_date)?;
+                self.judge_slice_answer(fill, &asked, &answer, by_date)?;
+                if !by_date {
+                    self.other_tags().heard_own(fill.slice.generation, asked_at);
+                }
                 if answer.status == 200 {
                     return Err(Retry::Whole(Box::new(answer.body)));
                 }
@@ -826,53 +840,6 @@ impl From<OriginError> for Retry {
             status: error.status(),
             reason: error.to_string(),
         })
-    }
-}
-
-/// The entity tags of one origin that disagree with the version's.
-///
-/// After a change, every answer has the one new tag. Tags that come and go, or
-/// are never the same, say nothing about the bytes: then the date and the
-/// length do, as they would without any tag.
-struct Tags {
-    seen: Vec<String>,
-    by_date: bool,
-}
-
-impl Tags {
-    fn of(engine: &Engine, fill: &Fill) -> Tags {
-        let trusted = engine.inner.dated.lock().expect("no panic while held");
-        Tags {
-            seen: Vec::new(),
-            by_date: trusted.contains(&fill.slice.generation),
-        }
-    }
-
-    /// Whether the version's tags are known by now to say nothing.
-    fn ask_again(&mut self, engine: &Engine, fill: &Fill) -> bool {
-        self.by_date = Tags::of(engine, fill).by_date;
-        self.by_date
-    }
-
-    fn note(&mut self, engine: &Engine, fill: &Fill, tag: String) {
-        if !self.seen.is_empty() && !self.seen.contains(&tag) {
-            self.by_date = true;
-            engine.trust_dates(fill);
-        }
-        self.seen.push(tag);
-    }
-}
-
-impl Engine {
-    /// The tags of this version's origin do not tell versions apart.
-    fn trust_dates(&self, fill: &Fill) {
-        /// Versions remembered so.
-        const DATED_MAX: usize = 1024;
-        let mut dated = self.inner.dated.lock().expect("no panic while held");
-        if dated.len() >= DATED_MAX {
-            dated.clear();
-        }
-        dated.insert(fill.slice.generation);
     }
 }
 
