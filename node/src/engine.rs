@@ -18,7 +18,7 @@ mod resolve;
 mod tags;
 mod whole;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -31,6 +31,7 @@ use pingora_slice_cluster::slice::{HashKey, Touched};
 use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Resolution, ResolveAsk};
 use pingora_slice_cluster::{Cluster, Generation, NodeId, ObjectKey};
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 use crate::budget::{Budget, Permit};
 use crate::config::Config;
@@ -204,7 +205,7 @@ struct Inner {
     uncacheable: Mutex<HashMap<ObjectKey, std::time::Instant>>,
     other_tags: Mutex<OtherTags>,
     /// Versions whose end is being announced.
-    ending: Mutex<HashSet<Generation>>,
+    ending: Mutex<HashMap<Generation, watch::Receiver<()>>>,
     stitch: StitchLog,
     metrics: Arc<Metrics>,
     runtime: Handle,
@@ -877,33 +878,52 @@ impl Engine {
 
     /// Forgets a version everywhere: the origin has another, and answers from
     /// the old one would end short. Once, however many slices found it out.
-    fn announce_change(&self, fill: &Fill) {
+    /// Returns when it is forgotten, so that whoever was cut off may ask again;
+    /// at the latest after a second, should a node not answer.
+    async fn announce_change(&self, fill: &Fill) {
+        const ANNOUNCED_WITHIN: Duration = Duration::from_secs(1);
         let Some(hash_key) = self.hash_key() else {
             return;
         };
         let url = fill.url();
         let subject = Subject::new(&hash_key, &url.host, &url.target, &[] as &[&str]);
-        let generation = fill.slice.generation;
-        let ending = || self.inner.ending.lock().expect("no panic while held");
-        if self.floor(&subject).plain > fill.stamp || !ending().insert(generation) {
+        if self.floor(&subject).plain > fill.stamp {
             return;
         }
-        let items = vec![PurgeItem {
+        let mut announced = self.announcement(fill.slice.generation, || PurgeItem {
             scope: Scope::url(&hash_key, &url.host, &url.target),
             mode: PurgeMode::Plain,
-        }];
-        let engine = self.clone();
+        });
+        // An error says that the other end is gone: it is done.
+        let _ = tokio::time::timeout(ANNOUNCED_WITHIN, announced.changed()).await;
+    }
+
+    /// The announcement of a version's end, begun if need be.
+    fn announcement(
+        &self,
+        generation: Generation,
+        item: impl FnOnce() -> PurgeItem,
+    ) -> watch::Receiver<()> {
+        let mut ending = self.inner.ending.lock().expect("no panic while held");
+        if let Some(announced) = ending.get(&generation) {
+            return announced.clone();
+        }
+        let (done, announced) = watch::channel(());
+        ending.insert(generation, announced.clone());
+        let (engine, items) = (self.clone(), vec![item()]);
         self.inner.runtime.spawn(async move {
             engine.commit(items).await;
             let mut ending = engine.inner.ending.lock().expect("no panic while held");
             ending.remove(&generation);
+            drop(done);
         });
+        announced
     }
 
     /// Whether a version's end is being announced: it is of no use already.
     fn is_ending(&self, generation: Generation) -> bool {
         let ending = self.inner.ending.lock().expect("no panic while held");
-        ending.contains(&generation)
+        ending.contains_key(&generation)
     }
 
     /// After an unsafe method succeeded (RFC 9111 section 4.4): its URL, and

@@ -312,6 +312,44 @@ async fn gives_other_tags_from_other_replicas() {
     node.read_range(&film, 0, 10).await;
 }
 
+/// Nothing but tags, and they disagree: what had begun is cut, what comes after is whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn gives_other_tags_and_no_date() {
+    let cluster = TestCluster::start(3).await;
+    // Of two tags in turn, one may come often enough to be believed again.
+    for (validators, cuts_max) in [
+        (Validators::UnsteadyAlone, 1),
+        (Validators::ReplicasAlone, 4),
+    ] {
+        let film = cluster.origin.publish(&format!("/{validators:?}"), LENGTH);
+        film.validators(validators);
+        let mut cuts = 0;
+        loop {
+            let stream = cluster.node(1).open(Ask::get(film.path())).await;
+            let (_, proper) = drain(stream, &film, 1).await;
+            if proper {
+                break;
+            }
+            cuts += 1;
+            assert!(cuts <= cuts_max, "{cuts} cuts: {validators:?}");
+        }
+        // Of what was cut, slices may still be asked for.
+        let bodies = || {
+            let seen = film.seen().into_iter();
+            seen.filter(|seen| seen.header("range").is_empty()).count()
+        };
+        let cold = bodies();
+        cluster.read_from_every_node(&film).await;
+        assert_eq!(bodies(), cold, "kept");
+        let all = asked(&film) as u64;
+        assert!(
+            all <= 4 * SLICES * (1 + cuts),
+            "{all} requests, {cuts} cuts"
+        );
+    }
+    assert!(cluster.metric_sum("stitch_faults_total").await > 0.0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn gives_nothing_that_identifies_bytes() {
     let cluster = TestCluster::start(3).await;

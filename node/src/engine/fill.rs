@@ -394,7 +394,7 @@ impl Engine {
         flight.note_source(Source::Origin);
         if let Err(error) = self.admit(&flight, None).await {
             if flight.claim() {
-                self.end_origin_fill(&fill, &flight, Err(error));
+                self.end_origin_fill(&fill, &flight, Err(error)).await;
             }
             return;
         }
@@ -405,7 +405,7 @@ impl Engine {
         // The flight before ours may have landed after we missed.
         let is_here = self.from_memory(&fill, &flight) || self.from_disk(&fill, &flight).await;
         if is_here {
-            self.end_origin_fill(&fill, &flight, Ok(()));
+            self.end_origin_fill(&fill, &flight, Ok(())).await;
             return;
         }
         if (fill.version.whole || fill.version.length.is_none())
@@ -413,20 +413,21 @@ impl Engine {
         {
             if manifest.part.is_some() {
                 // The origin chose what to give: it is not asked for the rest.
-                self.end_origin_fill(&fill, &flight, Err(FillError::Changed));
+                self.end_origin_fill(&fill, &flight, Err(FillError::Changed))
+                    .await;
                 return;
             }
             // The body has ended since the asker heard of it.
             fill.version.length = manifest.version.length;
             if fill.version.length.is_some() && fill.bytes().is_empty() {
-                self.end_origin_fill(&fill, &flight, Ok(()));
+                self.end_origin_fill(&fill, &flight, Ok(())).await;
                 return;
             }
         }
         if let Some(before) = self.owner_before(fill.key, fill.place) {
             match self.from_peer(before, &fill, &flight, true).await {
                 Ok(_) => {
-                    self.end_origin_fill(&fill, &flight, Ok(()));
+                    self.end_origin_fill(&fill, &flight, Ok(())).await;
                     return;
                 }
                 Err(NextSource(why)) => {
@@ -457,7 +458,7 @@ impl Engine {
             let _guard = guard;
             match engine.admit(&flight, None).await {
                 Ok(()) => engine.fill_by_range(&fill, &flight, Some(body)).await,
-                Err(error) => engine.end_origin_fill(&fill, &flight, Err(error)),
+                Err(error) => engine.end_origin_fill(&fill, &flight, Err(error)).await,
             }
         });
     }
@@ -465,19 +466,20 @@ impl Engine {
     async fn fill_by_range(&self, fill: &Fill, flight: &Arc<Flight>, body: Option<OriginBody>) {
         let arriving = body.map(|body| (body, None));
         match self.try_from_origin(fill, flight, arriving).await {
-            Ok(()) => self.end_origin_fill(fill, flight, Ok(())),
+            Ok(()) => self.end_origin_fill(fill, flight, Ok(())).await,
             // Sent whole: one body for this slice and all others.
             Err(Retry::Whole(body)) => self.fill_by_whole(fill, flight, Some(*body)).await,
             Err(Retry::Yes(error) | Retry::No(error)) => {
-                self.end_origin_fill(fill, flight, Err(error));
+                self.end_origin_fill(fill, flight, Err(error)).await;
             }
             Err(Retry::OtherTag(_)) => {
-                self.end_origin_fill(fill, flight, Err(FillError::Changed));
+                self.end_origin_fill(fill, flight, Err(FillError::Changed))
+                    .await;
             }
         }
     }
 
-    pub(super) fn end_origin_fill(
+    pub(super) async fn end_origin_fill(
         &self,
         fill: &Fill,
         flight: &Arc<Flight>,
@@ -485,11 +487,20 @@ impl Engine {
     ) {
         match &result {
             Ok(()) => {}
-            Err(FillError::Changed) => self.announce_change(fill),
+            Err(FillError::Changed) => self.announce_change(fill).await,
             Err(error) => {
                 tracing::warn!(url = %fill.url(), slice = fill.slice.index, %error, "slice not filled")
             }
         }
+        self.finish_origin_fill(fill, flight, result);
+    }
+
+    pub(super) fn finish_origin_fill(
+        &self,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+        result: Result<(), FillError>,
+    ) {
         flight.finish(result);
         self.land(fill, flight);
         self.inner.fills.remove(flight);
@@ -761,7 +772,9 @@ impl Engine {
                 match tag {
                     // Replicas of one origin may disagree about their tags.
                     Some(tag)
-                        if same_date(&fill.version, answer) && length == fill.version.length =>
+                        if (same_date(&fill.version, answer)
+                            || is_tag_all(&fill.version, answer))
+                            && length == fill.version.length =>
                     {
                         fault("entity-tag");
                         Err(Retry::OtherTag(tag.to_owned()))
@@ -829,8 +842,8 @@ pub(super) enum Retry {
     No(FillError),
     /// The same version, but all of it, from its first byte.
     Whole(Box<OriginBody>),
-    /// Same date and length, but this entity tag: a change, or a replica that
-    /// makes its tags differently.
+    /// The same but for this entity tag: a change, or a replica that makes its
+    /// tags differently.
     OtherTag(String),
 }
 
@@ -870,6 +883,11 @@ pub(super) fn same_version(version: &Version, answer: &OriginAnswer) -> bool {
     } else {
         version.last_modified.is_some() && text(LAST_MODIFIED) == version.last_modified.as_deref()
     }
+}
+
+/// Whether nothing but the entity tag tells an answer from the version.
+fn is_tag_all(version: &Version, answer: &OriginAnswer) -> bool {
+    version.last_modified.is_none() && !answer.headers.contains_key(LAST_MODIFIED)
 }
 
 /// Whether an answer has the version's Last-Modified, old enough to name the

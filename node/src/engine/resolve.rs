@@ -17,6 +17,7 @@ use rand::Rng;
 use tokio::sync::watch;
 
 use super::part::{OpenRange, Part};
+use super::tags;
 use super::{
     Engine, Fill, Forwarded, Found, Held, Relay, RelayBody, Request, Resolved, Verdict,
     holds_what_is_wanted,
@@ -343,7 +344,7 @@ impl Engine {
         held: Option<Arc<Stored>>,
         flight: &Arc<Resolve>,
     ) -> Outcome {
-        let mut probe = Probe::of(self, request);
+        let mut probe = Probe::of(self, request, held.clone());
         probe.open = self.open_range(request, held.as_ref(), flight.gone).await;
         if self.inner.config.origin_probe == OriginProbe::Head && held.is_none() {
             let wanted = Wanted {
@@ -638,7 +639,14 @@ impl Engine {
             .as_deref()
             .is_some_and(|e| !e.starts_with("W/"))
             || version.last_modified.is_some();
-        if !pinned && !covers_all {
+        let before = probe.before.as_ref().map(|before| &before.manifest);
+        let is_pinned_in_vain = before.is_some_and(|before| {
+            let age = answer
+                .received_ms
+                .saturating_sub(before.freshness.received_ms);
+            tags::is_but_another_tag(&before.version, &version, Duration::from_millis(age))
+        });
+        if (!pinned || is_pinned_in_vain) && !covers_all {
             // Nothing ties one slice to the next: fetch it whole.
             self.inner.stitch.report(Fault {
                 reason: "no-validator",
@@ -823,6 +831,8 @@ pub(super) struct Probe {
     pub(super) open: Option<OpenRange>,
     /// Answers that were not what was asked for.
     lies: u32,
+    /// The version held before.
+    before: Option<Arc<Stored>>,
 }
 
 impl Probe {
@@ -832,7 +842,7 @@ impl Probe {
     /// Wrong answers to a range before the whole is asked for.
     const LIES_MAX: u32 = 2;
 
-    fn of(engine: &Engine, request: &Request) -> Probe {
+    fn of(engine: &Engine, request: &Request, before: Option<Arc<Stored>>) -> Probe {
         let slice_bytes = engine.inner.config.slice_bytes;
         let index = slice_at(request.first_byte, slice_bytes).unwrap_or(0);
         let range = request
@@ -844,6 +854,7 @@ impl Probe {
             slice_bytes,
             open: None,
             lies: 0,
+            before,
         }
     }
 

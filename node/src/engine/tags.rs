@@ -3,12 +3,14 @@
 //!
 //! After a change every answer has the one new tag. Tags that come and go, or
 //! are never the same, say nothing about the bytes: then Last-Modified and the
-//! length do, as they would without any tag.
+//! length do, as they would without any tag. Without Last-Modified nothing ties
+//! one slice to the next, and the object is asked for whole.
 
 use std::collections::HashMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pingora_slice_cluster::Generation;
+use pingora_slice_cluster::wire::Version;
 
 /// Versions remembered; so many have such an origin at once in no cluster.
 const VERSIONS_MAX: usize = 1024;
@@ -62,10 +64,26 @@ impl OtherTags {
     }
 }
 
+/// A version that was replaced so soon after the origin last vouched for it
+/// may not have been a version.
+const AT_ONCE: Duration = Duration::from_secs(60);
+
+/// Whether `new` differs from the version before it in the entity tag alone,
+/// though nothing had the time to change: its tag ties no slices together.
+/// What was asked for whole for that reason stays so. `age` is the time since
+/// the origin vouched for `old`.
+pub(super) fn is_but_another_tag(old: &Version, new: &Version, age: Duration) -> bool {
+    old.length == new.length
+        && old.last_modified == new.last_modified
+        && old.etag.is_some()
+        && new.etag.is_some()
+        && old.etag != new.etag
+        && (old.whole || age < AT_ONCE)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     const VERSION: Generation = Generation(7);
 
@@ -84,6 +102,35 @@ mod tests {
         assert!(tags.say_nothing(VERSION));
         tags.heard_other(VERSION, at(30));
         assert!(tags.say_nothing(VERSION));
+    }
+
+    #[test]
+    fn another_tag_alone_ties_nothing_together() {
+        let version = |etag: Option<&str>, length| Version {
+            etag: etag.map(str::to_owned),
+            last_modified: None,
+            length: Some(length),
+            slice_bytes: 1024,
+            whole: false,
+            hard: Default::default(),
+        };
+        let (one, other) = (version(Some("\"1\""), 5), version(Some("\"2\""), 5));
+        assert!(is_but_another_tag(&one, &other, Duration::ZERO));
+        assert!(!is_but_another_tag(&one, &other, AT_ONCE));
+        assert!(!is_but_another_tag(&one, &one, Duration::ZERO));
+        assert!(!is_but_another_tag(
+            &one,
+            &version(Some("\"2\""), 6),
+            Duration::ZERO
+        ));
+        assert!(!is_but_another_tag(&one, &version(None, 5), Duration::ZERO));
+        let dated = Version {
+            last_modified: Some("Fri, 20 Nov 2026 17:39:37 GMT".into()),
+            ..other.clone()
+        };
+        assert!(!is_but_another_tag(&one, &dated, Duration::ZERO));
+        let whole = Version { whole: true, ..one };
+        assert!(is_but_another_tag(&whole, &other, AT_ONCE));
     }
 
     #[test]

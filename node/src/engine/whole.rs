@@ -124,7 +124,7 @@ impl Engine {
             while !slice.is_empty() {
                 flight.land(Part::new(slice.split_to(slice.len().min(PAGE_BYTES))));
             }
-            self.end_origin_fill(&fill, &flight, Ok(()));
+            self.finish_origin_fill(&fill, &flight, Ok(()));
         }
     }
 
@@ -177,7 +177,7 @@ impl Engine {
             let before = fill.bytes().start + u64::from(flight.bytes());
             let arriving = body.map(|body| (body, Some(before)));
             let result = self.from_origin(fill, flight, arriving).await;
-            self.end_origin_fill(fill, flight, result);
+            self.end_origin_fill(fill, flight, result).await;
         }
     }
 
@@ -245,7 +245,7 @@ impl Engine {
                 self.broke_off(&fill);
             }
             match self.manifest_of(&fill).await {
-                _ if *error == FillError::Changed => self.announce_change(&fill),
+                _ if *error == FillError::Changed => self.announce_change(&fill).await,
                 Some(manifest) if fill.version.whole => self.forget_manifest(fill.key, &manifest),
                 _ => {}
             }

@@ -62,6 +62,10 @@ pub enum Validators {
     Unsteady,
     /// Two strong ETags in turn, as replicas give that disagree.
     Replicas,
+    /// As `Unsteady`, and no Last-Modified.
+    UnsteadyAlone,
+    /// As `Replicas`, and no Last-Modified.
+    ReplicasAlone,
 }
 
 /// A way to misbehave.

@@ -56,11 +56,12 @@ async fn connection(mut stream: TcpStream, shared: Arc<Shared>) {
             complete: false,
             ended: false,
         }));
-        lock(&shared.log).push(seen.clone());
-        shared.noted();
         let object = find(&shared, &request.target);
         let waiting = object.as_ref().map(Waiting::new);
         let answer = decide(&request, object.as_ref());
+        // Once the answer is decided: who has seen the request may change the object.
+        lock(&shared.log).push(seen.clone());
+        shared.noted();
         let kept = answer.after == After::Keep && !request.close;
         let written = write(
             &mut stream,
@@ -336,10 +337,20 @@ fn wanted(value: Option<&str>, length: u64) -> Wanted {
 
 fn etag(object: &Object) -> String {
     match &object.source {
-        Source::Generated { seed } if object.validators == Validators::Unsteady => {
+        Source::Generated { seed }
+            if matches!(
+                object.validators,
+                Validators::Unsteady | Validators::UnsteadyAlone
+            ) =>
+        {
             format!("\"{seed}.{}.{}\"", object.version, object.answers)
         }
-        Source::Generated { seed } if object.validators == Validators::Replicas => {
+        Source::Generated { seed }
+            if matches!(
+                object.validators,
+                Validators::Replicas | Validators::ReplicasAlone
+            ) =>
+        {
             format!("\"{seed}.{}.{}\"", object.version, object.answers % 2)
         }
         Source::Generated { seed } => format!("\"{seed}.{}\"", object.version),
@@ -391,16 +402,18 @@ fn decide(request: &Request, object: Option<&Arc<Mutex<Object>>>) -> Answer {
 
 /// RFC 9110, sections 13 and 14.
 fn model(request: &Request, object: &Object, range: Wanted, fault: Option<&Fault>) -> Answer {
-    use Validators::{Date, Nothing, Replicas, Strong, Unsteady, Weak, WeakAlone};
+    use Validators::{
+        Date, Nothing, Replicas, ReplicasAlone, Strong, Unsteady, UnsteadyAlone, Weak, WeakAlone,
+    };
     let strong = etag(object);
     let etag = match object.validators {
-        Strong | Unsteady | Replicas => Some(strong),
+        Strong | Unsteady | UnsteadyAlone | Replicas | ReplicasAlone => Some(strong),
         Weak | WeakAlone => Some(format!("W/{strong}")),
         Date | Nothing => None,
     };
     let modified = match object.validators {
         Strong | Unsteady | Replicas | Weak | Date => Some(modified(object)),
-        WeakAlone | Nothing => None,
+        UnsteadyAlone | ReplicasAlone | WeakAlone | Nothing => None,
     };
     let headers = |answer: &mut Answer| {
         for (name, value) in &object.headers {
