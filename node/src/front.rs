@@ -143,7 +143,12 @@ impl Front {
         &self,
         head: &RequestHeader,
     ) -> std::result::Result<std::result::Result<Request, &'static str>, u16> {
-        let (host, target) = self.naming.host_and_target(head).ok_or(400u16)?;
+        // `*` is for OPTIONS (RFC 9112 section 3.2.4).
+        let (host, target) = self
+            .naming
+            .host_and_target(head)
+            .filter(|(_, target)| target.starts_with('/'))
+            .ok_or(400u16)?;
         let loop_id = self.loop_id();
         let seen = |id: &str| {
             head.headers

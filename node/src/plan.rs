@@ -45,7 +45,7 @@ impl RangeSpec {
 /// 9110 section 14.2).
 pub fn parse_range(value: &str) -> Option<Vec<RangeSpec>> {
     let (unit, list) = value.split_once('=')?;
-    if !unit.trim().eq_ignore_ascii_case("bytes") {
+    if !unit.eq_ignore_ascii_case("bytes") {
         return None;
     }
     let mut specs = Vec::new();
@@ -254,18 +254,26 @@ fn etag_listed(
 fn etags(list: &str) -> impl Iterator<Item = &str> {
     let mut rest = list;
     std::iter::from_fn(move || {
-        rest = rest.trim_start_matches([' ', '\t', ',']);
-        let opaque = rest.strip_prefix("W/").unwrap_or(rest);
-        let prefix = rest.len() - opaque.len();
-        let end = if let Some(quoted) = opaque.strip_prefix('"') {
-            prefix + quoted.find('"')? + 2
-        } else {
-            // Not an entity tag: skip to the next comma.
-            rest.find(',').unwrap_or(rest.len())
-        };
-        let (tag, tail) = rest.split_at(end);
-        rest = tail;
-        (!tag.is_empty()).then_some(tag)
+        loop {
+            rest = rest.trim_start_matches([' ', '\t', ',']);
+            let opaque = rest.strip_prefix("W/").unwrap_or(rest);
+            let prefix = rest.len() - opaque.len();
+            let end = match opaque.strip_prefix('"') {
+                Some(quoted) => prefix + quoted.find('"')? + 2,
+                // Not an entity tag, but some origins give such.
+                None => rest.find(',').unwrap_or(rest.len()),
+            };
+            let (tag, tail) = rest.split_at(end);
+            let (more, tail) = tail.split_at(tail.find(',').unwrap_or(tail.len()));
+            rest = tail;
+            if tag.is_empty() {
+                return None;
+            }
+            // What has more after its quotes is no entity tag.
+            if more.trim().is_empty() {
+                return Some(tag);
+            }
+        }
     })
 }
 
@@ -322,6 +330,7 @@ mod tests {
             ("bytes=", None),
             ("bytes", None),
             ("items=0-1", None),
+            ("bytes =0-1", None),
             ("bytes=10000000000000000000000-", Some(vec![From(u64::MAX)])),
             (
                 "bytes=18446744073709551616-18446744073709551617",
@@ -369,6 +378,10 @@ mod tests {
         assert_eq!(
             etags(r#""a,b", W/"c" ,"d""#).collect::<Vec<_>>(),
             [r#""a,b""#, r#"W/"c""#, r#""d""#]
+        );
+        assert_eq!(
+            etags(r#""a"b, "c""d","e" ,"#).collect::<Vec<_>>(),
+            [r#""e""#]
         );
     }
 }

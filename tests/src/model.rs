@@ -28,7 +28,7 @@ pub fn ranges(value: &str, length: u64) -> Option<Vec<Option<(u128, u128)>>> {
         .map(|item| item.trim_matches([' ', '\t']))
         .filter(|item| !item.is_empty())
         .collect();
-    if !unit.trim().eq_ignore_ascii_case("bytes") || items.is_empty() {
+    if !unit.eq_ignore_ascii_case("bytes") || items.is_empty() {
         return None;
     }
     let length = u128::from(length);

@@ -290,6 +290,7 @@ async fn requests_that_no_client_should_send_are_refused() {
         "GARBAGE\r\n\r\n",
         "GET /film HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\nConnection: close\r\n\r\nab",
         "GET /film HTTP/1.1\r\nHost : a\r\nConnection: close\r\n\r\n",
+        "GET * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
         "GET /film HTTP/9.9\r\nHost: a\r\nConnection: close\r\n\r\n",
         &long,
     ] {
