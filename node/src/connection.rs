@@ -98,6 +98,8 @@ impl HttpServerApp for Patient {
             Some(context) if context.is::<Reused>() => self.timeouts.idle + self.timeouts.header,
             _ => self.timeouts.header,
         };
+        // Requests sent without waiting are answered in their order (RFC 9112 section 9.3.2).
+        session.set_pipelining_enabled(true);
         // Off while the node stops: then it stays so.
         if session.get_keepalive().is_some() {
             session.set_keepalive(Some(whole_secs(self.timeouts.idle)));

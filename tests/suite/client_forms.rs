@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::future::join_all;
 use pingora_slice_tests::http::Reply;
 use pingora_slice_tests::quick::Quick;
-use pingora_slice_tests::{Ask, Film, Options, TestCluster};
+use pingora_slice_tests::{Ask, Film, Options, SLICE_BYTES, TestCluster};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -530,23 +530,147 @@ async fn framing_that_could_be_misread_is_refused() {
     assert!(cluster.origin.log().is_empty());
 }
 
-/// Whoever pipelines gets a whole answer, then an end, never half of the next.
+/// One answer after the other, as apt reads them: (status, body).
+fn answers(mut bytes: &[u8], heads: &[&str]) -> Vec<(u16, Vec<u8>)> {
+    let mut answers = Vec::new();
+    for method in heads {
+        let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") else {
+            break;
+        };
+        let head = String::from_utf8_lossy(&bytes[..end]).to_lowercase();
+        let status = head["http/1.1 ".len()..][..3].parse().unwrap();
+        let length = head
+            .lines()
+            .find_map(|line| line.strip_prefix("content-length: "))
+            .map_or(0, |length| length.parse().unwrap());
+        let length = if *method == "HEAD" || status == 304 {
+            0
+        } else {
+            length
+        };
+        let body = &bytes[end + 4..][..length];
+        answers.push((status, body.to_vec()));
+        bytes = &bytes[end + 4 + length..];
+    }
+    assert!(bytes.is_empty(), "{}", String::from_utf8_lossy(bytes));
+    answers
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn of_requests_sent_at_once_the_first_is_answered() {
+async fn requests_sent_at_once_are_answered_in_order() {
+    let cluster = Options::cluster(3).start().await;
+    let film = cluster.origin.publish("/film", 2 * SLICE_BYTES + 5);
+    let other = cluster.origin.publish("/other", 1000);
+    let plain = cluster.origin.publish("/plain", 3000);
+    plain.header("Cache-Control", "no-store");
+    let (film, other, plain) = (
+        film.content().all(),
+        other.content().all(),
+        plain.content().all(),
+    );
+    let tail = &film[film.len() - 300..];
+    // Method, target, field, status and body; cold for the first node, warm for the others.
+    let asks: Vec<(&str, &str, &str, u16, &[u8])> = vec![
+        ("GET", "/film", "X: y", 200, &film),
+        ("GET", "/other", "X: y", 200, &other),
+        ("HEAD", "/film", "X: y", 200, b""),
+        ("GET", "/film", "Range: bytes=-300", 206, tail),
+        ("GET", "/plain", "X: y", 200, &plain),
+        (
+            "GET",
+            "/missing",
+            "X: y",
+            404,
+            b"nothing is published here\n",
+        ),
+        ("GET", "/film", "If-None-Match: *", 304, b""),
+        ("GET", "/film", "Range: bytes=99999999-", 416, b""),
+        (
+            "POST",
+            "/film",
+            "Content-Length: 4\r\n\r\nabcd",
+            200,
+            b"abcd",
+        ),
+        ("GET", "/other", "Range: bytes=1-2", 206, &other[1..3]),
+        ("GET", "/film", "Connection: close", 200, &film),
+    ];
+    let mut sent = String::new();
+    for (method, target, field, ..) in &asks {
+        sent += &format!("{method} {target} HTTP/1.1\r\nHost: films.test\r\n{field}");
+        sent += if field.contains("\r\n\r\n") {
+            ""
+        } else {
+            "\r\n\r\n"
+        };
+    }
+    let methods: Vec<&str> = asks.iter().map(|ask| ask.0).collect();
+    for (node, piece) in cluster.nodes().iter().zip([sent.len(), 700, 97]) {
+        let mut tcp = TcpStream::connect(node.address()).await.unwrap();
+        tcp.set_nodelay(true).unwrap();
+        let (mut reads, mut writes) = tcp.split();
+        let mut read = Vec::new();
+        let write = async {
+            for piece in sent.as_bytes().chunks(piece) {
+                writes.write_all(piece).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+        };
+        let (_, end) = tokio::join!(
+            write,
+            timeout(Duration::from_secs(60), reads.read_to_end(&mut read))
+        );
+        end.expect("an end").unwrap();
+        let answers = answers(&read, &methods);
+        assert_eq!(answers.len(), asks.len());
+        for ((status, body), (method, target, field, expected, bytes)) in answers.iter().zip(&asks)
+        {
+            assert_eq!(status, expected, "{method} {target} {field}");
+            assert!(
+                body == bytes,
+                "{method} {target} {field}: {} bytes",
+                body.len()
+            );
+        }
+    }
+}
+
+/// What looks like a request in a body that nobody read is not answered as one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_is_never_taken_for_a_request() {
     let cluster = tiny_slices().await;
     let node = cluster.node(1);
     let film = cluster.origin.publish("/film", 3 * SLICE);
-    let body = node.get(film.path()).await.body;
-    let request = "GET /film HTTP/1.1\r\nHost: films.test\r\n\r\n";
-    let mut tcp = TcpStream::connect(node.address()).await.unwrap();
-    tcp.write_all(request.repeat(3).as_bytes()).await.unwrap();
-    let mut read = Vec::new();
-    // A reset is an end, too.
-    let _ = timeout(Duration::from_secs(60), tcp.read_to_end(&mut read))
-        .await
-        .expect("an end");
-    assert!(read.starts_with(b"HTTP/1.1 200"));
-    assert!(read.ends_with(&body));
-    let answers = read.windows(9).filter(|window| window == b"HTTP/1.1 ");
-    assert_eq!(answers.count(), 1);
+    cluster.origin.publish("/never", SLICE);
+    node.read(&film).await;
+    let inner = "GET /never HTTP/1.1\r\nHost: films.test\r\n\r\n";
+    for head in [
+        "GET /film HTTP/1.1\r\nHost: films.test",
+        "HEAD /film HTTP/1.1\r\nHost: films.test",
+        "POST /film HTTP/1.1\r\nHost: films.test",
+        "PURGE /film HTTP/1.1\r\nHost: films.test",
+        "GET /a..b HTTP/1.1\r\nHost: films..test..",
+        "GET * HTTP/1.1\r\nHost: films.test",
+    ] {
+        for late in [false, true] {
+            let framing = format!("Content-Length: {}\r\n\r\n", inner.len());
+            let mut tcp = TcpStream::connect(node.address()).await.unwrap();
+            let head = format!("{head}\r\n{framing}");
+            if late {
+                tcp.write_all(head.as_bytes()).await.unwrap();
+                // Some are answered before the body is there.
+                let _ = timeout(Duration::from_millis(100), tcp.readable()).await;
+                let _ = tcp.write_all(inner.as_bytes()).await;
+            } else {
+                let _ = tcp.write_all(format!("{head}{inner}").as_bytes()).await;
+            }
+            let _ = tcp.shutdown().await;
+            let mut read = Vec::new();
+            let end = timeout(Duration::from_secs(60), tcp.read_to_end(&mut read)).await;
+            // A reset is an end, too.
+            let _ = end.expect("an end");
+        }
+    }
+    let never = |seen: &pingora_slice_tests::origin::Seen| seen.target == "/never";
+    assert!(!cluster.origin.log().iter().any(never));
 }
