@@ -589,7 +589,13 @@ impl Engine {
         let version = fill.slice.generation;
         let result = loop {
             let by_date = self.other_tags().say_nothing(version);
-            let once = self.try_once(fill, flight, arriving.take(), by_date);
+            let condition = match by_date {
+                true => if_range_date(&fill.version),
+                // The tag in the answer tells, without the whole of another version.
+                false if !other_tags.is_empty() => Vec::new(),
+                false => if_range(&fill.version),
+            };
+            let once = self.try_once(fill, flight, arriving.take(), condition, by_date);
             let error = match tokio::time::timeout_at(deadline, once).await {
                 Ok(Err(retry @ (Retry::Yes(_) | Retry::OtherTag(_)))) => retry,
                 Ok(result) => break result,
@@ -610,9 +616,10 @@ impl Engine {
                 }
                 other_tags.push(tag.clone());
             }
-            // Another slice may have found it out meanwhile.
-            let learnt = !by_date && self.other_tags().say_nothing(version);
-            if attempt >= self.inner.config.max_retries && !learnt {
+            // Another slice may have found it out meanwhile: one way or the other.
+            if !by_date && self.other_tags().say_nothing(version) {
+                attempt = 0;
+            } else if attempt >= self.inner.config.max_retries || self.is_ending(version) {
                 break Err(error);
             }
             attempt += 1;
@@ -640,6 +647,7 @@ impl Engine {
         fill: &Fill,
         flight: &Arc<Flight>,
         arriving: Option<(OriginBody, Option<u64>)>,
+        condition: Vec<(HeaderName, String)>,
         by_date: bool,
     ) -> Result<(), Retry> {
         let whole = fill.bytes();
@@ -654,11 +662,7 @@ impl Engine {
                     head: false,
                     range: Some(asked.clone()),
                     open_range: None,
-                    fields: if by_date {
-                        if_range_date(&fill.version)
-                    } else {
-                        if_range(&fill.version)
-                    },
+                    fields: condition,
                 };
                 let asked_at = Instant::now();
                 let answer = self.inner.origin.get(&fill.request, &wanted).await?;

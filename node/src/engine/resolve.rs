@@ -17,7 +17,7 @@ use rand::Rng;
 use tokio::sync::watch;
 
 use super::part::{OpenRange, Part};
-use super::tags;
+use super::tags::NewTags;
 use super::{
     Engine, Fill, Forwarded, Found, Held, Relay, RelayBody, Request, Resolved, Verdict,
     holds_what_is_wanted,
@@ -639,14 +639,23 @@ impl Engine {
             .as_deref()
             .is_some_and(|e| !e.starts_with("W/"))
             || version.last_modified.is_some();
-        let before = probe.before.as_ref().map(|before| &before.manifest);
-        let is_pinned_in_vain = before.is_some_and(|before| {
-            let age = answer
-                .received_ms
-                .saturating_sub(before.freshness.received_ms);
-            tags::is_but_another_tag(&before.version, &version, Duration::from_millis(age))
-        });
-        if (!pinned || is_pinned_in_vain) && !covers_all {
+        let tied = match &probe.before {
+            _ if !pinned => false,
+            Some(before) if !covers_all => {
+                let vouched_for = before.manifest.freshness.received_ms;
+                let age = answer.received_ms.saturating_sub(vouched_for);
+                let before = &before.manifest.version;
+                match probe
+                    .tags
+                    .judge(before, &version, Duration::from_millis(age))
+                {
+                    Some(tied) => tied,
+                    None => return Act::AskAgain,
+                }
+            }
+            _ => true,
+        };
+        if !tied && !covers_all {
             // Nothing ties one slice to the next: fetch it whole.
             self.inner.stitch.report(Fault {
                 reason: "no-validator",
@@ -831,14 +840,15 @@ pub(super) struct Probe {
     pub(super) open: Option<OpenRange>,
     /// Answers that were not what was asked for.
     lies: u32,
-    /// The version held before.
+    /// The version held before, and the tags that came since.
     before: Option<Arc<Stored>>,
+    tags: NewTags,
 }
 
 impl Probe {
     /// Changes of mind beyond the retries: no open range, 416, then no usable
-    /// range, then whole.
-    const TURNS: u32 = 4;
+    /// range, another tag, then whole.
+    const TURNS: u32 = 4 + NewTags::LOOKS;
     /// Wrong answers to a range before the whole is asked for.
     const LIES_MAX: u32 = 2;
 
@@ -855,6 +865,7 @@ impl Probe {
             open: None,
             lies: 0,
             before,
+            tags: NewTags::default(),
         }
     }
 

@@ -64,15 +64,40 @@ impl OtherTags {
     }
 }
 
+/// The entity tags of the answers to one question after the other, where the
+/// first differed from the version held before in its tag alone.
+#[derive(Default)]
+pub(super) struct NewTags {
+    seen: Vec<String>,
+}
+
+impl NewTags {
+    /// How often a new tag must come again before it is believed.
+    pub(super) const LOOKS: u32 = 2;
+
+    /// Whether the tag of `new` ties its slices together; `None` asks again.
+    /// `age` is the time since the origin vouched for `old`.
+    pub(super) fn judge(&mut self, old: &Version, new: &Version, age: Duration) -> Option<bool> {
+        let tag = new.etag.clone().unwrap_or_default();
+        if self.seen.iter().any(|seen| *seen != tag) {
+            return Some(false);
+        }
+        if !is_but_another_tag(old, new, age) || self.seen.len() as u32 == NewTags::LOOKS {
+            return Some(true);
+        }
+        self.seen.push(tag);
+        None
+    }
+}
+
 /// A version that was replaced so soon after the origin last vouched for it
 /// may not have been a version.
 const AT_ONCE: Duration = Duration::from_secs(60);
 
 /// Whether `new` differs from the version before it in the entity tag alone,
-/// though nothing had the time to change: its tag ties no slices together.
-/// What was asked for whole for that reason stays so. `age` is the time since
-/// the origin vouched for `old`.
-pub(super) fn is_but_another_tag(old: &Version, new: &Version, age: Duration) -> bool {
+/// though there was little time for a change; or again, where that was why it
+/// was asked for whole.
+fn is_but_another_tag(old: &Version, new: &Version, age: Duration) -> bool {
     old.length == new.length
         && old.last_modified == new.last_modified
         && old.etag.is_some()
@@ -104,33 +129,52 @@ mod tests {
         assert!(tags.say_nothing(VERSION));
     }
 
-    #[test]
-    fn another_tag_alone_ties_nothing_together() {
-        let version = |etag: Option<&str>, length| Version {
-            etag: etag.map(str::to_owned),
+    fn version(tag: &str, length: u64) -> Version {
+        Version {
+            etag: Some(format!("\"{tag}\"")),
             last_modified: None,
             length: Some(length),
             slice_bytes: 1024,
             whole: false,
             hard: Default::default(),
+        }
+    }
+
+    #[test]
+    fn a_new_tag_is_believed_when_it_comes_again() {
+        let judge = |tags: &[&str]| {
+            let mut new = NewTags::default();
+            let old = version("old", 5);
+            let judged = tags
+                .iter()
+                .map(|tag| new.judge(&old, &version(tag, 5), Duration::ZERO));
+            judged.collect::<Vec<_>>()
         };
-        let (one, other) = (version(Some("\"1\""), 5), version(Some("\"2\""), 5));
-        assert!(is_but_another_tag(&one, &other, Duration::ZERO));
-        assert!(!is_but_another_tag(&one, &other, AT_ONCE));
-        assert!(!is_but_another_tag(&one, &one, Duration::ZERO));
-        assert!(!is_but_another_tag(
-            &one,
-            &version(Some("\"2\""), 6),
-            Duration::ZERO
-        ));
-        assert!(!is_but_another_tag(&one, &version(None, 5), Duration::ZERO));
+        assert_eq!(judge(&["a", "a", "a"]), [None, None, Some(true)]);
+        assert_eq!(judge(&["a", "a", "b"]), [None, None, Some(false)]);
+        assert_eq!(judge(&["a", "old"]), [None, Some(false)]);
+        assert_eq!(judge(&["old"]), [Some(true)]);
+    }
+
+    #[test]
+    fn what_differs_in_more_than_its_tag_is_another_version() {
+        let old = version("old", 5);
+        let is_but = |new: &Version, age| is_but_another_tag(&old, new, age);
+        assert!(is_but(&version("new", 5), Duration::ZERO));
+        assert!(!is_but(&version("new", 5), AT_ONCE));
+        assert!(!is_but(&version("old", 5), Duration::ZERO));
+        assert!(!is_but(&version("new", 6), Duration::ZERO));
+        let date = Some("Fri, 20 Nov 2026 17:39:37 GMT".to_owned());
         let dated = Version {
-            last_modified: Some("Fri, 20 Nov 2026 17:39:37 GMT".into()),
-            ..other.clone()
+            last_modified: date,
+            ..version("new", 5)
         };
-        assert!(!is_but_another_tag(&one, &dated, Duration::ZERO));
-        let whole = Version { whole: true, ..one };
-        assert!(is_but_another_tag(&whole, &other, AT_ONCE));
+        assert!(!is_but(&dated, Duration::ZERO));
+        let whole = Version {
+            whole: true,
+            ..version("old", 5)
+        };
+        assert!(is_but_another_tag(&whole, &version("new", 5), AT_ONCE));
     }
 
     #[test]

@@ -62,6 +62,8 @@ pub enum Validators {
     Unsteady,
     /// Two strong ETags in turn, as replicas give that disagree.
     Replicas,
+    /// A strong ETag, and no Last-Modified.
+    StrongAlone,
     /// As `Unsteady`, and no Last-Modified.
     UnsteadyAlone,
     /// As `Replicas`, and no Last-Modified.

@@ -403,17 +403,18 @@ fn decide(request: &Request, object: Option<&Arc<Mutex<Object>>>) -> Answer {
 /// RFC 9110, sections 13 and 14.
 fn model(request: &Request, object: &Object, range: Wanted, fault: Option<&Fault>) -> Answer {
     use Validators::{
-        Date, Nothing, Replicas, ReplicasAlone, Strong, Unsteady, UnsteadyAlone, Weak, WeakAlone,
+        Date, Nothing, Replicas, ReplicasAlone, Strong, StrongAlone, Unsteady, UnsteadyAlone, Weak,
+        WeakAlone,
     };
     let strong = etag(object);
     let etag = match object.validators {
-        Strong | Unsteady | UnsteadyAlone | Replicas | ReplicasAlone => Some(strong),
+        Strong | StrongAlone | Unsteady | UnsteadyAlone | Replicas | ReplicasAlone => Some(strong),
         Weak | WeakAlone => Some(format!("W/{strong}")),
         Date | Nothing => None,
     };
     let modified = match object.validators {
         Strong | Unsteady | Replicas | Weak | Date => Some(modified(object)),
-        UnsteadyAlone | ReplicasAlone | WeakAlone | Nothing => None,
+        StrongAlone | UnsteadyAlone | ReplicasAlone | WeakAlone | Nothing => None,
     };
     let headers = |answer: &mut Answer| {
         for (name, value) in &object.headers {
