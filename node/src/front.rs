@@ -874,10 +874,15 @@ impl ProxyHttp for Front {
             }
             method => {
                 self.metrics.requests_total.inc();
+                let named = self.naming.host_and_target(session.req_header());
+                let Some((host, target)) =
+                    named.filter(|(_, target)| target != "*" || method == "OPTIONS")
+                else {
+                    self.refuse(session, ctx, 400, "malformed").await?;
+                    return Ok(true);
+                };
                 ctx.passed = Some("method");
-                if !matches!(method, "OPTIONS" | "TRACE")
-                    && let Some((host, target)) = self.naming.host_and_target(session.req_header())
-                {
+                if !matches!(method, "OPTIONS" | "TRACE") {
                     ctx.invalidates = Some(Url { host, target });
                 }
                 self.has_no_room_to_pass(session, ctx).await
