@@ -364,7 +364,10 @@ async fn edges_join_drain_and_leave() {
         matches!(reason, StartError::NodeIdTaken { id, .. } if id == edge),
         "{reason}"
     );
-    assert!(!nodes[2].view().members.contains_key(&edge));
+    until("it is no member", || {
+        !nodes[2].view().members.contains_key(&edge)
+    })
+    .await;
     nodes[0].purge(url(&nodes[0], "/film").0, 2).await.unwrap();
     assert!(!nodes[3].may_serve());
     stop_all(nodes).await;
