@@ -47,7 +47,7 @@ use crate::purge::normalise_host;
 use crate::stitch::StitchLog;
 
 pub use fill::Fill;
-use resolve::Resolves;
+use resolve::{Resolves, what_is_stored};
 use tags::OtherTags;
 use whole::Wholes;
 
@@ -809,20 +809,12 @@ impl Engine {
 
     /// Whether a peer answers the cheapest of questions in time.
     async fn is_alive(&self, peer: NodeId) -> bool {
-        let ask = Ask::Resolve(ResolveAsk {
-            key: ObjectKey(0),
-            request: OriginRequest {
-                host: String::new(),
-                target: String::new(),
-                headers: Vec::new(),
-            },
-            floor: Default::default(),
-            first_byte: 0,
-            sliced: true,
-            revalidate: false,
-            gone: None,
-            stored_only: true,
-        });
+        let nothing = OriginRequest {
+            host: String::new(),
+            target: String::new(),
+            headers: Vec::new(),
+        };
+        let ask = Ask::Resolve(what_is_stored(ObjectKey(0), nothing));
         tokio::time::timeout(PING, self.inner.cluster.ask(peer, &ask, PING))
             .await
             .is_ok_and(|r| r.is_ok())
@@ -959,20 +951,12 @@ impl Engine {
         if self.record(key.0).await.is_some() {
             return true;
         }
-        let ask = Ask::Resolve(ResolveAsk {
-            key,
-            request: OriginRequest {
-                host: url.host.clone(),
-                target: url.target.clone(),
-                headers: Vec::new(),
-            },
-            floor: Default::default(),
-            first_byte: 0,
-            sliced: true,
-            revalidate: false,
-            gone: None,
-            stored_only: true,
-        });
+        let request = OriginRequest {
+            host: url.host.clone(),
+            target: url.target.clone(),
+            headers: Vec::new(),
+        };
+        let ask = Ask::Resolve(what_is_stored(key, request));
         match self.owners(key, 0).first() {
             Some(owner) if *owner != self.me() => {
                 !matches!(self.ask(*owner, &ask).await, Ok((Answer::Missing, _)))

@@ -143,12 +143,7 @@ impl Front {
         &self,
         head: &RequestHeader,
     ) -> std::result::Result<std::result::Result<Request, &'static str>, u16> {
-        // `*` is for OPTIONS (RFC 9112 section 3.2.4).
-        let (host, target) = self
-            .naming
-            .host_and_target(head)
-            .filter(|(_, target)| target.starts_with('/'))
-            .ok_or(400u16)?;
+        let (host, target) = self.naming.host_and_target(head).ok_or(400u16)?;
         let loop_id = self.loop_id();
         let seen = |id: &str| {
             head.headers
@@ -875,9 +870,7 @@ impl ProxyHttp for Front {
             method => {
                 self.metrics.requests_total.inc();
                 let named = self.naming.host_and_target(session.req_header());
-                let Some((host, target)) =
-                    named.filter(|(_, target)| target != "*" || method == "OPTIONS")
-                else {
+                let Some((host, target)) = named else {
                     self.refuse(session, ctx, 400, "malformed").await?;
                     return Ok(true);
                 };

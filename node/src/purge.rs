@@ -577,7 +577,8 @@ pub fn host_and_target(head: &RequestHeader) -> Option<(String, String)> {
         // Absolute form: its host is the one that counts (RFC 9112, 3.2.2).
         return parse_url(std::str::from_utf8(raw).ok()?).ok();
     }
-    if !raw.starts_with(b"/") && raw != b"*" {
+    // `*` is for OPTIONS (RFC 9112 section 3.2.4).
+    if !raw.starts_with(b"/") && (raw != b"*" || head.method != http::Method::OPTIONS) {
         return None;
     }
     let mut hosts = head.headers.get_all(header::HOST).iter();

@@ -281,12 +281,7 @@ impl Engine {
         mut answer: OriginAnswer,
         flight: &Arc<Resolve>,
     ) -> Outcome {
-        let mut headers = answer.headers.clone();
-        origin::strip_framing(&mut headers);
-        let freshness = self.store(request, 200, &headers, &answer);
-        let encoded = headers.contains_key(CONTENT_ENCODING);
-        let fits = part.slice_bytes(self.inner.config.slice_bytes).is_some() && !encoded;
-        let (true, Ok(freshness)) = (fits, freshness) else {
+        let Some((mut headers, freshness)) = self.keepable(request, &part, &answer) else {
             return self.relay(answer, flight);
         };
         let mut bytes =
@@ -333,12 +328,7 @@ impl Engine {
         mut answer: OriginAnswer,
         flight: &Arc<Resolve>,
     ) -> Outcome {
-        let mut headers = answer.headers.clone();
-        origin::strip_framing(&mut headers);
-        let freshness = self.store(request, 200, &headers, &answer);
-        let encoded = headers.contains_key(CONTENT_ENCODING);
-        let fits = part.slice_bytes(self.inner.config.slice_bytes).is_some() && !encoded;
-        let (true, Ok(freshness)) = (fits, freshness) else {
+        let Some((headers, freshness)) = self.keepable(request, &part, &answer) else {
             return self.relay(answer, flight);
         };
         let bytes = match read(&self.inner.budget, &mut answer.body, part.end - part.start).await {
@@ -355,6 +345,21 @@ impl Engine {
             body: RelayBody::Bytes(bytes),
         });
         Outcome::Relay
+    }
+
+    /// The fields and the lifetime of a part that may be kept.
+    fn keepable(
+        &self,
+        request: &Request,
+        part: &Part,
+        answer: &OriginAnswer,
+    ) -> Option<(HeaderMap, manifest::Freshness)> {
+        let mut headers = answer.headers.clone();
+        origin::strip_framing(&mut headers);
+        let freshness = self.store(request, 200, &headers, answer).ok()?;
+        let encoded = headers.contains_key(CONTENT_ENCODING);
+        let fits = part.slice_bytes(self.inner.config.slice_bytes).is_some() && !encoded;
+        fits.then_some((headers, freshness))
     }
 
     fn keep_answer(

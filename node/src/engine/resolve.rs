@@ -11,7 +11,7 @@ use http::header::{
 };
 use pingora_slice_cluster::purge::{Subject, joinable};
 use pingora_slice_cluster::slice::{slice_at, slice_range};
-use pingora_slice_cluster::wire::{Ask, Resolution, ResolveAsk, Version};
+use pingora_slice_cluster::wire::{Ask, OriginRequest, Resolution, ResolveAsk, Version};
 use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use rand::Rng;
 use tokio::sync::watch;
@@ -290,14 +290,9 @@ impl Engine {
     async fn tell_replaced(&self, request: &Request, generation: Generation) {
         let view = self.inner.cluster.view();
         let ask = Ask::Resolve(ResolveAsk {
-            key: request.key,
-            request: request.origin.clone(),
-            floor: PurgeIndex::default(),
-            first_byte: 0,
             sliced: request.sliced,
-            revalidate: false,
             gone: Some(generation),
-            stored_only: true,
+            ..what_is_stored(request.key, request.origin.clone())
         });
         let others = view.members.keys().filter(|id| **id != view.me);
         let told = others.map(|id| self.inner.cluster.ask(*id, &ask, REPLACED_HEARD_WITHIN));
@@ -639,23 +634,15 @@ impl Engine {
             .as_deref()
             .is_some_and(|e| !e.starts_with("W/"))
             || version.last_modified.is_some();
-        let tied = match &probe.before {
-            _ if !pinned => false,
-            Some(before) if !covers_all => {
-                let vouched_for = before.manifest.freshness.received_ms;
-                let age = answer.received_ms.saturating_sub(vouched_for);
-                let before = &before.manifest.version;
-                match probe
-                    .tags
-                    .judge(before, &version, Duration::from_millis(age))
-                {
-                    Some(tied) => tied,
-                    None => return Act::AskAgain,
-                }
-            }
-            _ => true,
+        // One slice is tied to no other.
+        let tied = match pinned && !covers_all {
+            true => probe.is_tied(&version, answer.received_ms),
+            false => Some(pinned || covers_all),
         };
-        if !tied && !covers_all {
+        let Some(tied) = tied else {
+            return Act::AskAgain;
+        };
+        if !tied {
             // Nothing ties one slice to the next: fetch it whole.
             self.inner.stitch.report(Fault {
                 reason: "no-validator",
@@ -869,6 +856,17 @@ impl Probe {
         }
     }
 
+    /// Whether the version's validators tie its slices together; `None` asks again.
+    fn is_tied(&mut self, version: &Version, received_ms: u64) -> Option<bool> {
+        let Some(before) = &self.before else {
+            return Some(true);
+        };
+        let before = &before.manifest;
+        let age = received_ms.saturating_sub(before.freshness.received_ms);
+        self.tags
+            .judge(&before.version, version, Duration::from_millis(age))
+    }
+
     /// The answer to a HEAD: only what has ranges is asked for by range.
     fn learn(&mut self, head: &OriginAnswer) {
         let units = head.headers.get(ACCEPT_RANGES);
@@ -927,6 +925,20 @@ impl Probe {
             open_range: self.open.as_ref().map(OpenRange::value),
             fields,
         }
+    }
+}
+
+/// Asks a peer what it has, and for nothing more.
+pub(super) fn what_is_stored(key: ObjectKey, request: OriginRequest) -> ResolveAsk {
+    ResolveAsk {
+        key,
+        request,
+        floor: PurgeIndex::default(),
+        first_byte: 0,
+        sliced: true,
+        revalidate: false,
+        gone: None,
+        stored_only: true,
     }
 }
 
