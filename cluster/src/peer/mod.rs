@@ -76,7 +76,11 @@ const _: () = assert!(STREAMS_ACCEPTED as usize >= 2 * SLICE_STREAMS);
 /// Longest wait between two attempts to reach a peer's slice endpoint.
 const SLICE_BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// The same for control, on which elections and leases wait.
-const CONTROL_BACKOFF_MAX: Duration = Duration::from_secs(1);
+const CONTROL_BACKOFF_MAX: Duration = Duration::from_millis(250);
+/// A path's round trip until it is measured: what is lost of a handshake is
+/// sent again after thrice this, and then after twice as long each time. QUIC's
+/// 333 ms leave room for one such try before the handshake is given up.
+const FIRST_ROUND_TRIP: Duration = Duration::from_millis(50);
 
 /// Unread bytes of one stream that a connection takes in: 25 MiB/s over 10 ms.
 const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
@@ -528,6 +532,7 @@ fn endpoint(
     discovery.upper_bound(payload_bytes_max);
     transport
         .mtu_discovery_config(Some(discovery))
+        .initial_rtt(FIRST_ROUND_TRIP)
         .max_concurrent_bidi_streams(STREAMS_ACCEPTED.into())
         .max_concurrent_uni_streams(0u32.into())
         .datagram_receive_buffer_size(None)
