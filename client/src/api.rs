@@ -210,6 +210,8 @@ pub struct RecentPurge {
     pub acked: Vec<u64>,
     /// Nodes that could not answer from cache until they had.
     pub fenced: Vec<u64>,
+    /// Nodes that had not when a majority was enough.
+    pub pending: Vec<u64>,
     /// Why nothing was promised.
     pub refused: Option<String>,
 }

@@ -67,8 +67,8 @@ pub fn nodes(nodes: &[api::Node]) -> String {
 /// What a purge has come to.
 pub fn purged(purged: &api::Purged) -> String {
     let outcome = match purged.success {
-        true if !purged.pending.is_empty() => "committed, NOT yet gone everywhere",
-        true => "gone everywhere",
+        true if !purged.pending.is_empty() => "committed, does NOT hold everywhere yet",
+        true => "holds everywhere",
         false => "NOT CONFIRMED: nothing is promised",
     };
     let mut lines = vec![
@@ -105,8 +105,12 @@ fn recent_purges(purges: &[api::RecentPurge]) -> String {
     let row = |purge: &api::RecentPurge| {
         let outcome = match &purge.refused {
             Some(reason) => format!("REFUSED: {reason}"),
-            None if purge.fenced.is_empty() => "gone everywhere".to_string(),
-            None => format!("gone everywhere, fenced {}", node_list(&purge.fenced)),
+            None if !purge.pending.is_empty() => {
+                let pending = node_list(&purge.pending);
+                format!("by a majority; when it was answered NOT yet at {pending}")
+            }
+            None if purge.fenced.is_empty() => "held everywhere".to_string(),
+            None => format!("held everywhere, fenced {}", node_list(&purge.fenced)),
         };
         let mode = format!("{:?}", purge.mode).to_lowercase();
         let took = format!("{} ms", purge.took_ms);
@@ -324,7 +328,7 @@ NODE  ADDRESS     ROLE           STATE   REACHED  WEIGHT  SHARE   APPLIED
         };
         let text = purged(&answer);
         assert!(
-            text.starts_with("purge            gone everywhere\n"),
+            text.starts_with("purge            holds everywhere\n"),
             "{text}"
         );
         assert!(text.contains("acknowledged by  1, 2\n"), "{text}");

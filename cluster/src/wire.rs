@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::{Generation, ObjectKey, PurgeIndex, SliceId};
 
 /// Version of the frames; also in the ALPN, so that nodes that differ never connect.
-pub const WIRE_VERSION: u8 = 1;
+pub const WIRE_VERSION: u8 = 2;
 /// ALPN of the slice endpoint.
 pub const ALPN_SLICES: &[u8] = b"pingora-slice/1";
 /// ALPN of the control endpoint.
@@ -57,6 +57,10 @@ pub struct OriginRequest {
     /// The fields to send on.
     pub headers: Headers,
 }
+
+/// Informational responses that came before an answer, with their fields (RFC
+/// 9110 section 15.2).
+pub type Informational = Vec<(u16, Headers)>;
 
 /// What a peer asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,6 +158,8 @@ pub enum Answer {
         resolution: Resolution,
         /// This asker waited on another's fill.
         collapsed: bool,
+        /// What the origin said before its answer to this asker.
+        informational: Informational,
     },
     /// To Resolve: the origin's answer may not be shared; here it is, for this
     /// asker alone. A body follows.
@@ -162,6 +168,8 @@ pub enum Answer {
         status: u16,
         /// End-to-end header fields.
         headers: Headers,
+        /// What the origin said before it.
+        informational: Informational,
     },
     /// To Resolve: the origin's answer may not be shared, or went to somebody
     /// else; ask the origin yourself.
@@ -187,7 +195,8 @@ pub enum Answer {
         /// 502 or 504, or the origin's own 5xx.
         status: u16,
     },
-    /// This node cannot take the request now (overload, shutdown): ask elsewhere.
+    /// This node cannot take the request now (overload, shutdown, no way to
+    /// the origin): ask elsewhere.
     Busy,
 }
 

@@ -236,7 +236,10 @@ impl Admin {
             ["v1", "explain"] => self.explain(&query).await,
             ["v1", "purge"] => match message(session).await {
                 Ok(purge) => self.purge(purge).await,
-                Err(refusal) => refusal,
+                Err(refusal) => {
+                    self.purger.count_malformed();
+                    refusal
+                }
             },
             ["v1", "warm"] => match message(session).await {
                 Ok(warm) => self.warm(warm).await,
@@ -250,7 +253,10 @@ impl Admin {
     async fn purge(&self, purge: api::Purge) -> Reply {
         let wanted = match purge::understand_api(purge) {
             Ok(wanted) => wanted,
-            Err(reason) => return Reply::failure(StatusCode::BAD_REQUEST, reason),
+            Err(reason) => {
+                self.purger.count_malformed();
+                return Reply::failure(StatusCode::BAD_REQUEST, reason);
+            }
         };
         match self.purger.purge(wanted).await {
             Ok(purged) => Reply::json(&purged),
@@ -511,6 +517,11 @@ async fn message<M: DeserializeOwned>(session: &mut ServerSession) -> Result<M, 
     };
     let slow = |_| Reply::failure(StatusCode::REQUEST_TIMEOUT, "the body came too slowly");
     let body = timeout(BODY_TIMEOUT, read).await.map_err(slow)??;
+    // An array would be read as the fields in their order.
+    if body.trim_ascii_start().first() == Some(&b'[') {
+        let reason = "the body: a JSON object is wanted";
+        return Err(Reply::failure(StatusCode::BAD_REQUEST, reason));
+    }
     serde_json::from_slice(&body)
         .map_err(|e| Reply::failure(StatusCode::BAD_REQUEST, format!("the body: {e}")))
 }
@@ -596,6 +607,7 @@ fn purge_message(recent: &purge::Recent) -> api::RecentPurge {
             message.index = receipt.index.0;
             message.acked = numbers(&receipt.acked);
             message.fenced = numbers(&receipt.fenced);
+            message.pending = numbers(&receipt.pending);
         }
         Err(reason) => message.refused = Some(reason.clone()),
     }

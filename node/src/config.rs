@@ -343,6 +343,11 @@ pub struct Caching {
     pub query: QueryRules,
     /// Whether `Cache-Status` names the key.
     pub show_key: bool,
+    /// How long after it is stale a response is served while it is validated,
+    /// where it does not say so itself and does not forbid it (RFC 5861 section 3).
+    pub stale_while_revalidate: Duration,
+    /// The same, while the origin fails (section 4).
+    pub stale_if_error: Duration,
 }
 
 impl Default for Caching {
@@ -353,6 +358,8 @@ impl Default for Caching {
             set_cookie: SetCookie::Shared,
             query: QueryRules::default(),
             show_key: false,
+            stale_while_revalidate: Duration::ZERO,
+            stale_if_error: Duration::ZERO,
         }
     }
 }

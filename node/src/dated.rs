@@ -15,6 +15,7 @@ use std::task::{Context, Poll, ready};
 
 use async_trait::async_trait;
 use bytes::{Buf, Bytes};
+use memchr::memmem;
 use pingora_core::apps::ServerApp;
 use pingora_core::protocols::tls::SslDigest;
 use pingora_core::protocols::{
@@ -27,7 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// Length of an IMF-fixdate (RFC 9110 section 5.6.7).
 const DATE_BYTES: usize = 29;
 /// How a date's line begins in a head that Pingora wrote.
-const DATE_LINE: &[u8] = b"\r\nDate: ";
+const DATE_NAME: &[u8] = b"Date: ";
 
 tokio::task_local! {
     /// The date of the next head that this connection writes, where it is not now.
@@ -86,18 +87,26 @@ fn with_date(bytes: &[u8], date: &[u8; DATE_BYTES]) -> Option<Bytes> {
     if !bytes.starts_with(b"HTTP/1.") {
         return None;
     }
-    let head = bytes.windows(4).position(|w| w == b"\r\n\r\n")?;
-    let line = bytes[..head]
-        .windows(DATE_LINE.len())
-        .position(|w| w.eq_ignore_ascii_case(DATE_LINE))?;
-    let start = line + DATE_LINE.len();
-    let end = start + DATE_BYTES;
-    if !bytes.get(end..)?.starts_with(b"\r\n") {
-        return None;
+    let mut line = 0;
+    for end in memmem::find_iter(bytes, b"\r\n") {
+        if end == line {
+            // The head's end.
+            return None;
+        }
+        let name = bytes.get(line..line + DATE_NAME.len())?;
+        if !name.eq_ignore_ascii_case(DATE_NAME) {
+            line = end + 2;
+            continue;
+        }
+        let start = line + DATE_NAME.len();
+        if end - start != DATE_BYTES {
+            return None;
+        }
+        let mut copy = bytes.to_vec();
+        copy[start..end].copy_from_slice(date);
+        return Some(copy.into());
     }
-    let mut copy = bytes.to_vec();
-    copy[start..end].copy_from_slice(date);
-    Some(copy.into())
+    None
 }
 
 impl AsyncWrite for DatedStream {

@@ -19,7 +19,8 @@ mod tags;
 mod whole;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::ops::Deref;
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -28,8 +29,10 @@ use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
 use pingora_slice_cluster::peer::{Body, PeerError};
 use pingora_slice_cluster::purge::{Floor, PurgeItem, PurgeMode, Scope, Subject, joinable};
 use pingora_slice_cluster::slice::{HashKey, Touched};
-use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Resolution, ResolveAsk};
-use pingora_slice_cluster::{Cluster, Generation, NodeId, ObjectKey};
+use pingora_slice_cluster::wire::{
+    Answer, Ask, Headers, Informational, OriginRequest, Resolution, ResolveAsk,
+};
+use pingora_slice_cluster::{Cluster, Generation, NodeId, ObjectKey, SliceId};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -68,15 +71,43 @@ pub struct Request {
     /// The object.
     pub key: ObjectKey,
     /// Its name.
-    pub url: Url,
+    pub url: Arc<Url>,
     /// What a fill sends to the origin.
-    pub origin: OriginRequest,
+    pub origin: Sent,
     /// What the client demands of a cache.
     pub demands: Demands,
     /// First byte that is wanted, as far as known.
     pub first_byte: u64,
     /// Whether the object is fetched in slices.
     pub sliced: bool,
+}
+
+/// What a fill sends to the origin: put together when something has to be
+/// fetched, which a hit has not.
+#[derive(Clone, Debug)]
+pub struct Sent(Arc<LazyLock<OriginRequest, MakeSent>>);
+
+type MakeSent = Box<dyn FnOnce() -> OriginRequest + Send>;
+
+impl Sent {
+    /// What `make` puts together, once.
+    pub fn new(make: impl FnOnce() -> OriginRequest + Send + 'static) -> Sent {
+        Sent(Arc::new(LazyLock::new(Box::new(make))))
+    }
+}
+
+impl From<OriginRequest> for Sent {
+    fn from(request: OriginRequest) -> Sent {
+        Sent::new(|| request)
+    }
+}
+
+impl Deref for Sent {
+    type Target = OriginRequest;
+
+    fn deref(&self) -> &OriginRequest {
+        &self.0
+    }
 }
 
 /// How a request is to be answered.
@@ -107,6 +138,8 @@ pub struct Found {
     pub collapsed: bool,
     /// Why it went beyond this node, where it did.
     pub forwarded: Forwarded,
+    /// What the origin said before its answer to this request.
+    pub informational: Informational,
 }
 
 /// Why a request was not answered from what this node holds, as RFC 9211
@@ -149,6 +182,8 @@ pub struct Relay {
     pub length: Option<u64>,
     /// Why it went beyond this node.
     pub forwarded: Forwarded,
+    /// What the origin said before it.
+    pub informational: Informational,
     /// The body.
     pub body: RelayBody,
 }
@@ -284,7 +319,7 @@ impl Engine {
         forwarded: &mut Forwarded,
     ) -> Resolved {
         let object = self
-            .lookup(request.key, &request.url, &request.origin.headers)
+            .lookup(request.key, &request.url, || &request.origin.headers)
             .await;
         // Rules 4 and 5: without a lease nothing is served unasked. It is read
         // before the floors, for it vouches for what they say after it.
@@ -293,7 +328,6 @@ impl Engine {
             let verdict = self.judge(&object, request, gone);
             Held { object, verdict }
         });
-        *forwarded = self.why_forwarded(request, held.as_ref());
         if let (Some(held), true) = (&held, leased) {
             let found = |resolution| {
                 Resolved::Object(Found {
@@ -301,25 +335,28 @@ impl Engine {
                     resolution,
                     collapsed: false,
                     forwarded: Forwarded::default(),
+                    informational: Informational::new(),
                 })
             };
             match held.verdict {
                 Verdict::Use(Use::Fresh) => return found(Resolution::Hit),
                 Verdict::Use(Use::Stale) => return found(Resolution::Stale),
                 Verdict::Use(Use::StaleWhileRevalidating) => {
+                    // The owner may have validated it already, and does so once for all.
+                    if let Some(owners) = self.stored_at_owner(request, Some(held), gone).await {
+                        return owners;
+                    }
                     self.revalidate_in_background(request);
                     return found(Resolution::Stale);
                 }
                 Verdict::Use(Use::Validate) | Verdict::Unusable => {}
             }
         }
+        *forwarded = self.why_forwarded(request, held.as_ref());
         if request.demands.only_if_cached {
-            let owner = self.owners(request.key, 0).first().copied();
-            if let Some(owner) = owner.filter(|owner| leased && *owner != self.me())
-                && let Some(found @ Resolved::Object(_)) =
-                    self.resolve_at(owner, request, held.as_ref(), gone).await
+            if leased && let Some(owners) = self.stored_at_owner(request, held.as_ref(), gone).await
             {
-                return found;
+                return owners;
             }
             return Resolved::Failed {
                 status: 504,
@@ -334,7 +371,8 @@ impl Engine {
                 if owner == self.me() {
                     break;
                 }
-                match self.resolve_at(owner, request, held.as_ref(), gone).await {
+                let asked = self.resolve_at(owner, request, held.as_ref(), gone, false);
+                match asked.await {
                     Some(resolved) => return resolved,
                     None => continue,
                 }
@@ -397,13 +435,20 @@ impl Engine {
     /// it lands. With a permit ([`Budget::ahead`]) it is read ahead.
     pub fn open(
         &self,
-        key: ObjectKey,
+        request: &Request,
         object: &Arc<Stored>,
-        request: &OriginRequest,
         touched: Touched,
         ahead: Option<Permit>,
     ) -> SliceReader {
-        let fill = Fill::of(key, &object.manifest, request, touched.index);
+        let manifest = &object.manifest;
+        let id = SliceId {
+            generation: manifest.generation,
+            index: touched.index,
+        };
+        if let Some(reader) = self.open_stored(id, &touched, &ahead) {
+            return reader;
+        }
+        let fill = Fill::of(request.key, manifest, &request.origin, touched.index);
         self.open_fill(fill, touched, ahead)
     }
 
@@ -435,11 +480,6 @@ impl Engine {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.inner.config
-    }
-
-    /// What is stored for a URL, whether usable or not; for `explain`.
-    pub async fn stored(&self, key: ObjectKey, url: &Url) -> Option<Arc<Stored>> {
-        self.lookup(key, url, &Vec::new()).await
     }
 
     fn me(&self) -> NodeId {
@@ -485,7 +525,7 @@ impl Engine {
     /// The manifest held for a request, checked against floors and freshness.
     async fn held(&self, request: &Request, gone: Option<Generation>) -> Option<Held> {
         let object = self
-            .lookup(request.key, &request.url, &request.origin.headers)
+            .lookup(request.key, &request.url, || &request.origin.headers)
             .await?;
         let verdict = self.judge(&object, request, gone);
         Some(Held { object, verdict })
@@ -540,12 +580,13 @@ impl Engine {
         self.inner.cluster.floor(subject)
     }
 
-    /// L1, then L2; through the pointer where the object varies.
-    async fn lookup(
+    /// L1, then L2; through the pointer where the object varies: only then are
+    /// the request's fields looked at.
+    async fn lookup<'a>(
         &self,
         key: ObjectKey,
         url: &Url,
-        headers: &pingora_slice_cluster::wire::Headers,
+        headers: impl FnOnce() -> &'a Headers,
     ) -> Option<Arc<Stored>> {
         match self.record(key.0).await? {
             Kept::Manifest(object) => (object.manifest.url == *url).then_some(object),
@@ -553,7 +594,7 @@ impl Engine {
                 if varies.0 != *url {
                     return None;
                 }
-                let variant = manifest::variant_of(&varies.1, headers);
+                let variant = manifest::variant_of(&varies.1, headers());
                 match self
                     .record(manifest::variant_key(&self.hash_key()?, key, &variant))
                     .await?
@@ -646,12 +687,6 @@ impl Engine {
 
     /// The manifest without what is for its asker alone, where there is any.
     fn for_all(&self, manifest: &Manifest) -> Option<Manifest> {
-        let is_directive = |(name, value): &(String, Vec<u8>)| {
-            name.ends_with("cache-control") && value.windows(2).any(|pair| pair == b"=\"")
-        };
-        if !manifest.headers.iter().any(is_directive) {
-            return None;
-        }
         let withheld =
             freshness::withheld(&self.inner.policy, &manifest::to_map(&manifest.headers));
         if withheld.is_empty() {
@@ -667,14 +702,16 @@ impl Engine {
     /// The manifest that a fill belongs to, while it is the current one.
     async fn manifest_of(&self, fill: &Fill) -> Option<Manifest> {
         let url = fill.url();
-        let object = self.lookup(fill.key, &url, &fill.request.headers).await?;
+        let object = self
+            .lookup(fill.key, &url, || &fill.request.headers)
+            .await?;
         (object.manifest.generation == fill.slice.generation).then(|| object.manifest.clone())
     }
 
     /// Whether no other version has come in the place of this one.
     async fn is_current(&self, fill: &Fill) -> bool {
         let url = fill.url();
-        let known = self.lookup(fill.key, &url, &fill.request.headers).await;
+        let known = self.lookup(fill.key, &url, || &fill.request.headers).await;
         known.is_none_or(|object| object.manifest.generation == fill.slice.generation)
     }
 
@@ -690,6 +727,22 @@ impl Engine {
         }
     }
 
+    /// What the object's owner holds and may be answered with, where that is
+    /// another node.
+    async fn stored_at_owner(
+        &self,
+        request: &Request,
+        held: Option<&Held>,
+        gone: Option<Generation>,
+    ) -> Option<Resolved> {
+        let owner = *self.owners(request.key, 0).first()?;
+        if owner == self.me() {
+            return None;
+        }
+        let answer = self.resolve_at(owner, request, held, gone, true).await?;
+        matches!(answer, Resolved::Object(_)).then_some(answer)
+    }
+
     /// Asks the manifest's owner. `None`: it is of no use, go on.
     async fn resolve_at(
         &self,
@@ -697,6 +750,7 @@ impl Engine {
         request: &Request,
         held: Option<&Held>,
         gone: Option<Generation>,
+        stored_only: bool,
     ) -> Option<Resolved> {
         let hash_key = self.hash_key()?;
         let subject = Subject::new(
@@ -707,14 +761,14 @@ impl Engine {
         );
         let ask = Ask::Resolve(ResolveAsk {
             key: request.key,
-            request: request.origin.clone(),
+            request: OriginRequest::clone(&request.origin),
             floor: self.floor(&subject).plain,
             first_byte: request.first_byte,
             sliced: request.sliced,
             revalidate: held.is_some_and(|h| h.verdict == Verdict::Use(Use::Validate))
                 && request.demands.no_cache,
             gone,
-            stored_only: request.demands.only_if_cached,
+            stored_only,
         });
         let (answer, body) = match self.ask(owner, &ask).await {
             Ok(answered) => answered,
@@ -728,11 +782,12 @@ impl Engine {
                 manifest,
                 resolution,
                 collapsed,
+                informational,
             } => {
                 let Some(Record::Manifest(manifest)) = manifest::decode(&manifest) else {
                     return None;
                 };
-                if manifest.url != request.url {
+                if manifest.url != *request.url {
                     return None;
                 }
                 // While its length is unknown it is of use to its owner alone.
@@ -755,9 +810,14 @@ impl Engine {
                     resolution,
                     collapsed,
                     forwarded: Forwarded::default(),
+                    informational,
                 }))
             }
-            Answer::Relay { status, headers } => {
+            Answer::Relay {
+                status,
+                headers,
+                informational,
+            } => {
                 let headers = manifest::to_map(&headers);
                 let length = headers
                     .get(http::header::CONTENT_LENGTH)
@@ -767,16 +827,21 @@ impl Engine {
                     headers,
                     length,
                     forwarded: Forwarded::default(),
+                    informational,
                     body: RelayBody::Peer(body?),
                 })))
             }
             Answer::Uncacheable => Some(Resolved::Pass("uncacheable")),
-            // Its way to the origin may be cut; ours need not be.
-            Answer::Failed { status: 504 } => Some(Resolved::Failed {
-                status: 504,
-                reason: "origin-silent",
+            // It reached the origin, and has had its tries.
+            Answer::Failed { status } => Some(Resolved::Failed {
+                status,
+                reason: match status {
+                    504 => "origin-silent",
+                    _ => "origin-broke-off",
+                },
             }),
-            Answer::Failed { .. } | Answer::Behind | Answer::Busy | Answer::Missing => None,
+            // Its way to the origin may be cut; ours need not be.
+            Answer::Behind | Answer::Busy | Answer::Missing => None,
             Answer::Slice { .. } | Answer::PastEnd | Answer::Changed => None,
         }
     }
@@ -835,7 +900,7 @@ impl Engine {
                     break;
                 }
                 if engine
-                    .resolve_at(owner, &request, held.as_ref(), None)
+                    .resolve_at(owner, &request, held.as_ref(), None, false)
                     .await
                     .is_some()
                 {

@@ -36,6 +36,17 @@ const DELTA_MAX: u64 = 1 << 31;
 /// section 8.8.2.2), seconds.
 const LAST_MODIFIED_STRONG_S: u64 = 60;
 
+/// Days of the week; their first three letters are the short form.
+const DAYS: [&str; 7] = [
+    "Monday",
+    "Tuesday",
+    "Wednesday",
+    "Thursday",
+    "Friday",
+    "Saturday",
+    "Sunday",
+];
+
 /// The directives of a Cache-Control list: lower-case name, unquoted argument.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Directives(Vec<(String, Option<String>)>);
@@ -77,10 +88,15 @@ impl Directives {
                 // A string of a targeted field has its first quote still.
                 let list = argument.as_deref()?.trim_start_matches('"');
                 let names = list.split(',').map(str::trim).filter(|n| !n.is_empty());
-                let names: Result<Vec<_>, _> = names
-                    .map(|n| HeaderName::from_bytes(n.as_bytes()))
+                let names: Option<Vec<_>> = names
+                    // Meant as quotes, and no field's.
+                    .map(|n| {
+                        HeaderName::from_bytes(n.as_bytes())
+                            .ok()
+                            .filter(|_| !n.contains('\''))
+                    })
                     .collect();
-                names.ok().filter(|names| !names.is_empty())
+                names.filter(|names| !names.is_empty())
             })
     }
 
@@ -89,7 +105,8 @@ impl Directives {
     }
 }
 
-/// Splits a list at the commas outside quoted strings (RFC 9110 section 5.6.4).
+/// Splits a list at the commas outside quoted strings (RFC 9110 section
+/// 5.6.4). A string that does not end is a bad argument.
 fn directives(line: &str, into: &mut Vec<(String, Option<String>)>) {
     let mut item = String::new();
     let mut quoted = false;
@@ -116,6 +133,10 @@ fn directives(line: &str, into: &mut Vec<(String, Option<String>)>) {
             _ => {}
         }
         item.push(c);
+    }
+    if let Some((name, _)) = item.split_once('=') {
+        let name = name.trim_matches([' ', '\t']);
+        into.push((name.to_ascii_lowercase(), Some(String::new())));
     }
 }
 
@@ -363,8 +384,12 @@ pub fn store(
         must_revalidate: rules.has("must-revalidate")
             || rules.has("proxy-revalidate")
             || rules.has("s-maxage"),
-        stale_while_revalidate: rules.seconds("stale-while-revalidate").unwrap_or(0),
-        stale_if_error: rules.seconds("stale-if-error").unwrap_or(0),
+        stale_while_revalidate: rules
+            .seconds("stale-while-revalidate")
+            .unwrap_or(policy.caching.stale_while_revalidate.as_secs()),
+        stale_if_error: rules
+            .seconds("stale-if-error")
+            .unwrap_or(policy.caching.stale_if_error.as_secs()),
     })
 }
 
@@ -497,7 +522,8 @@ fn http_date_ms(headers: &HeaderMap, name: HeaderName) -> Option<u64> {
 }
 
 /// A date in any of the three forms of RFC 9110 section 5.6.7, whatever its
-/// case (RFC 9111 section 4.2).
+/// case (RFC 9111 section 4.2), and whichever day of the week it says: the rest
+/// of it tells which that is.
 pub fn http_date(text: &str) -> Option<SystemTime> {
     let mut in_word = false;
     let cased: String = text
@@ -517,7 +543,15 @@ pub fn http_date(text: &str) -> Option<SystemTime> {
         Some(rest) => format!("{rest} GMT"),
         None => cased,
     };
-    parse_http_date(&cased).ok()
+    let (day, rest) = cased.split_at(cased.find(|c: char| !c.is_ascii_alphabetic())?);
+    let is_long = day.len() > 3;
+    let names = DAYS.map(|name| if is_long { name } else { &name[..3] });
+    let is_day = names.contains(&day);
+    let date = parse_http_date(&cased).ok();
+    date.or_else(|| {
+        let mut others = names.iter().filter(|_| is_day);
+        others.find_map(|name| parse_http_date(&format!("{name}{rest}")).ok())
+    })
 }
 
 /// The request fields a response varies by, lower-case, sorted, each once;

@@ -6,28 +6,29 @@
 //! once per response.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::Method;
-use http::header::{self, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use pingora_core::protocols::http::{HttpTask, ServerSession};
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{ProxyHttp, Session};
 use pingora_slice_cluster::Generation;
-use pingora_slice_cluster::wire::{OriginRequest, Resolution};
+use pingora_slice_cluster::slice::HashKey;
+use pingora_slice_cluster::wire::{Headers, OriginRequest, Resolution};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::budget::Permit;
 use crate::connection;
 use crate::dated;
-use crate::engine::{Engine, Forwarded, Found, Relay, Request, Resolved};
+use crate::engine::{Engine, Forwarded, Found, Relay, Request, Resolved, Sent};
 use crate::flight::FillError;
 use crate::freshness::{Demands, unix_ms};
 use crate::manifest::{Manifest, Url};
@@ -40,13 +41,16 @@ use crate::purge::{Naming, Purger};
 
 /// Our name in `Via` and `Cache-Status`.
 const NAME: &str = "pingora-slice";
+/// What `Via` says of us (RFC 9110 section 7.6.3).
+const VIA: &str = "1.1 pingora-slice";
+/// What this cache itself does, for who asks it and not the origin.
+const ALLOWED: &str = "GET, HEAD, OPTIONS, PURGE";
 /// A client that has taken nothing for so long keeps nothing waiting for it.
 const STALLED_AFTER: Duration = Duration::from_secs(1);
 /// Times a request is planned anew because the origin changed under it.
 const PLANS_MAX: usize = 3;
 /// Request fields that are not sent on: they belong to the client's
-/// connection, are replaced by ours, or could choose an answer without being
-/// part of its key.
+/// connection, or are replaced by ours.
 const NOT_SENT_ON: &[&str] = &[
     "host",
     "if-range",
@@ -64,28 +68,32 @@ const NOT_SENT_ON: &[&str] = &[
     "upgrade",
     "content-length",
     "expect",
-    "forwarded",
-    "x-forwarded-host",
-    "x-forwarded-proto",
-    "x-forwarded-scheme",
-    "x-forwarded-port",
-    "x-forwarded-prefix",
-    "x-forwarded-server",
-    "x-forwarded-ssl",
-    "x-forwarded-path",
-    "x-forwarded-uri",
-    "x-original-host",
-    "x-original-uri",
-    "x-proxy-host",
-    "x-url-scheme",
-    "front-end-https",
-    "x-original-url",
-    "x-rewrite-url",
-    "x-host",
-    "x-http-method-override",
-    "x-http-method",
-    "x-method-override",
     "x-purge-token",
+];
+/// How the names of fields begin that could choose an answer without being part
+/// of its key. `-` stands for `_` too: some servers take one for the other.
+const MAY_CHOOSE: &[&str] = &[
+    "base-url",
+    "forwarded",
+    "front-end-https",
+    "x-backend-",
+    "x-forwarded",
+    "x-host",
+    "x-http-",
+    "x-method-override",
+    "x-original-",
+    "x-override-",
+    "x-proxy-",
+    "x-rewrite-",
+    "x-url-scheme",
+];
+
+/// A 304 carries what guides caches, not what describes the bytes (RFC 9110 section 15.4.5).
+const LEFT_OUT_OF_304: [HeaderName; 4] = [
+    header::CONTENT_TYPE,
+    header::CONTENT_ENCODING,
+    header::CONTENT_LANGUAGE,
+    header::TRANSFER_ENCODING,
 ];
 
 /// The proxy application. Cheap to clone.
@@ -96,6 +104,7 @@ pub struct Front {
     naming: Naming,
     metrics: Arc<Metrics>,
     under_way: TaskTracker,
+    loop_id: Arc<OnceLock<Arc<str>>>,
 }
 
 /// What one request carries along.
@@ -105,6 +114,8 @@ pub struct Context {
     passed: Option<&'static str>,
     /// It is over and counted.
     counted: bool,
+    /// This node held no lease when it came (rule 5).
+    fenced: bool,
     /// The object that an unsafe method may change.
     invalidates: Option<Url>,
     /// For the buffers of a proxied answer.
@@ -128,13 +139,21 @@ impl Front {
             naming,
             metrics,
             under_way,
+            loop_id: Arc::default(),
         }
     }
 
     /// This cluster's name in CDN-Loop (RFC 8586), and nobody else's.
-    fn loop_id(&self) -> Option<String> {
-        let key = self.engine.cluster().view().hash_key?;
-        Some(format!("{NAME}-{:016x}", key.hash64(34, &[b"cdn-loop"])))
+    fn loop_id(&self) -> Option<&Arc<str>> {
+        let named = |key: HashKey| format!("{NAME}-{:016x}", key.hash64(34, &[b"cdn-loop"]));
+        match self.loop_id.get() {
+            None => {
+                // A cluster has one key for all its life.
+                let key = self.engine.cluster().view().hash_key?;
+                Some(self.loop_id.get_or_init(|| named(key).into()))
+            }
+            known => known,
+        }
     }
 
     /// Reads a request; an error is the status to refuse it with, `Ok(None)`
@@ -142,20 +161,24 @@ impl Front {
     fn request(
         &self,
         head: &RequestHeader,
+        fields: &Arc<HeaderMap>,
     ) -> std::result::Result<std::result::Result<Request, &'static str>, u16> {
         let (host, target) = self.naming.host_and_target(head).ok_or(400u16)?;
         let loop_id = self.loop_id();
-        let seen = |id: &str| {
+        let seen = |id: &Arc<str>| {
             head.headers
                 .get_all("cdn-loop")
                 .iter()
                 .filter_map(|v| v.to_str().ok())
                 .any(|list| {
-                    list.split(',')
-                        .any(|cdn| cdn.split(';').next().is_some_and(|name| name.trim() == id))
+                    list.split(',').any(|cdn| {
+                        cdn.split(';')
+                            .next()
+                            .is_some_and(|name| name.trim() == &**id)
+                    })
                 })
         };
-        if loop_id.as_deref().is_some_and(seen) {
+        if loop_id.is_some_and(seen) {
             return Err(508);
         }
         let Some(hash_key) = self.engine.cluster().view().hash_key else {
@@ -164,8 +187,16 @@ impl Front {
         if !self.engine.config().enable_cache {
             return Ok(Err("disabled"));
         }
+        let demands = Demands::of(
+            &head.headers,
+            &self.engine.config().caching.request_directives,
+        );
+        let pass = |why| match demands.only_if_cached {
+            true => Err(504),
+            false => Ok(Err(why)),
+        };
         if head.headers.contains_key(header::UPGRADE) {
-            return Ok(Err("upgrade"));
+            return pass("upgrade");
         }
         let has_body = head.headers.contains_key(header::TRANSFER_ENCODING)
             || head
@@ -173,26 +204,28 @@ impl Front {
                 .get(header::CONTENT_LENGTH)
                 .is_some_and(|v| v.as_bytes() != b"0");
         if has_body {
-            return Ok(Err("request-body"));
+            return pass("request-body");
         }
-        let demands = Demands::of(
-            &head.headers,
-            &self.engine.config().caching.request_directives,
-        );
         if demands.no_store {
-            return Ok(Err("request-no-store"));
+            return pass("request-no-store");
         }
         let path = target.split('?').next().unwrap_or(&target);
         let patterns = &self.engine.config().slice_patterns;
         let sliced = patterns.is_empty() || patterns.iter().any(|pattern| pattern.is_match(path));
+        let key = hash_key.object(&host, &target);
+        let url = Arc::new(Url { host, target });
         Ok(Ok(Request {
-            key: hash_key.object(&host, &target),
-            origin: OriginRequest {
-                host: host.clone(),
-                target: target.clone(),
-                headers: sent_on(head, loop_id.as_deref()),
-            },
-            url: Url { host, target },
+            key,
+            origin: Sent::new({
+                let (url, fields) = (url.clone(), fields.clone());
+                let (is_get, loop_id) = (head.method == Method::GET, loop_id.cloned());
+                move || OriginRequest {
+                    headers: sent_on(&fields, is_get, loop_id.as_deref()),
+                    host: url.host.clone(),
+                    target: url.target.clone(),
+                }
+            }),
+            url,
             demands,
             first_byte: match head.method {
                 Method::GET => plan::first_byte(&head.headers),
@@ -206,9 +239,14 @@ impl Front {
     /// Answers from the engine; false: let Pingora proxy it.
     async fn serve(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         let head = session.req_header();
-        let request = match self.request(head) {
+        let fields = Arc::new(head.headers.clone());
+        let request = match self.request(head, &fields) {
             Err(status) => {
-                self.refuse(session, ctx, status, "malformed").await?;
+                let reason = match status {
+                    504 => "only-if-cached",
+                    _ => "malformed",
+                };
+                self.refuse(session, ctx, status, reason).await?;
                 return Ok(true);
             }
             Ok(Err(why)) => {
@@ -218,7 +256,10 @@ impl Front {
             Ok(Ok(request)) => request,
         };
         let is_get = head.method == Method::GET;
-        let conditions = head.headers.clone();
+        ctx.fenced = !self.engine.cluster().may_serve();
+        if ctx.fenced {
+            self.metrics.fenced_requests_total.inc();
+        }
 
         let total = self.engine.config().client_timeouts.total;
         let total = total.map(|total| tokio::time::Instant::now() + total);
@@ -233,9 +274,7 @@ impl Front {
                     self.refuse(session, ctx, status, reason).await?;
                     return Ok(true);
                 }
-                Resolved::Relay(relay)
-                    if relay.status == 200 && plan::has_conditions(&conditions) =>
-                {
+                Resolved::Relay(relay) if relay.status == 200 && plan::has_conditions(&fields) => {
                     // It was asked for without them, to be kept: the origin judges.
                     ctx.passed = Some("uncacheable");
                     return Ok(false);
@@ -248,7 +287,7 @@ impl Front {
                     return Ok(true);
                 }
                 Resolved::Object(found) => {
-                    let plan = plan::plan(is_get, &conditions, &found.object.manifest);
+                    let plan = plan::plan(is_get, &fields, &found.object.manifest);
                     let answered = tokio::select! {
                         biased;
                         () = self.engine.hard_purged(&found.object) => None,
@@ -261,7 +300,7 @@ impl Front {
                     };
                     match answered {
                         // The header is out: what the client has is not to be had any more.
-                        None if session.response_written().is_some() => {
+                        None if has_begun(session) => {
                             tracing::info!(url = %request.url, "answer cut by a hard purge");
                             return Error::e_explain(ErrorType::ConnectionClosed, "purged");
                         }
@@ -295,9 +334,10 @@ impl Front {
         plan: Plan,
     ) -> Result<Answered> {
         let manifest = &found.object.manifest;
-        let (head, pieces) = self.head(found, plan)?;
+        let (head, pieces) = self.head(found, plan, ctx.fenced)?;
         if !is_get || pieces.is_empty() {
-            self.begin(session, ctx, head, true).await?;
+            self.begin(session, ctx, head, true, &found.informational)
+                .await?;
             self.count_response(ctx, found);
             return Ok(Answered::Done);
         }
@@ -322,7 +362,8 @@ impl Front {
                 return Ok(Answered::Failed { status });
             }
         };
-        self.begin(session, ctx, head, false).await?;
+        self.begin(session, ctx, head, false, &found.informational)
+            .await?;
         self.count_response(ctx, found);
         if let Some(text) = heading {
             session.write_response_body(Some(text), false).await?;
@@ -372,6 +413,11 @@ impl Front {
         let patience = pace.patience(length);
         let started = Instant::now();
         let mut writing = std::pin::pin!(session.write_response_body(Some(bytes), false));
+        // Most clients take it at once: no timer for them.
+        if let Poll::Ready(written) = futures::poll!(writing.as_mut()) {
+            pace.took(length, started.elapsed());
+            return written;
+        }
         loop {
             let left = patience.saturating_sub(started.elapsed());
             match tokio::time::timeout(left.min(STALLED_AFTER), &mut writing).await {
@@ -395,10 +441,21 @@ impl Front {
         ctx: &Context,
         mut head: ResponseHeader,
         end: bool,
+        informational: &[(u16, Headers)],
     ) -> Result<()> {
         // Chunks are HTTP/1.1's own: an older client reads to the connection's
         // end, a newer one has frames (RFC 9112 section 6.1).
         let version = session.req_header().version;
+        if version == http::Version::HTTP_11 {
+            for (status, headers) in informational {
+                let mut before = ResponseHeader::build_no_case(*status, None)?;
+                for (name, value) in headers {
+                    before.append_header(name.clone(), value.as_slice())?;
+                }
+                let before = Box::new(before);
+                session.write_response_header(before, false).await?;
+            }
+        }
         if version != http::Version::HTTP_11
             && head.remove_header(&header::TRANSFER_ENCODING).is_some()
             && version == http::Version::HTTP_10
@@ -408,18 +465,17 @@ impl Front {
         self.metrics
             .time_to_first_byte_seconds
             .observe(ctx.started.elapsed().as_secs_f64());
-        if session.req_header().version == http::Version::HTTP_10
-            && head.remove_header(&header::TRANSFER_ENCODING).is_some()
-        {
-            // No chunks for HTTP/1.0: the connection's end is the body's.
-            session.set_keepalive(None);
-        }
         keep_date(&head);
         session.write_response_header(Box::new(head), end).await
     }
 
     /// The head and the body's pieces of a planned answer.
-    fn head(&self, found: &Found, plan: Plan) -> Result<(ResponseHeader, Vec<Piece>)> {
+    fn head(
+        &self,
+        found: &Found,
+        plan: Plan,
+        fenced: bool,
+    ) -> Result<(ResponseHeader, Vec<Piece>)> {
         let manifest = &found.object.manifest;
         let length = manifest.length();
         let status = match &plan {
@@ -429,16 +485,20 @@ impl Front {
             Plan::PreconditionFailed => 412,
             Plan::NotSatisfiable => 416,
         };
-        let mut head = ResponseHeader::build(status, Some(manifest.headers.len() + 8))?;
         let keeps_fields = !matches!(plan, Plan::PreconditionFailed | Plan::NotSatisfiable);
-        for (name, value) in &manifest.headers {
-            let left_out = (status == 304 && is_left_out_of_304(name))
-                || (plan != Plan::Whole && name == "content-range");
-            if keeps_fields && !left_out {
-                let value = http::HeaderValue::from_bytes(value)
-                    .map_err(|e| Error::because(ErrorType::InternalError, "stored field", e))?;
-                head.append_header(name.clone(), value)?;
+        let (mut parts, ()) = http::Response::new(()).into_parts();
+        if keeps_fields {
+            parts.headers = found.object.fields().clone();
+        }
+        let mut head = ResponseHeader::from(parts);
+        head.set_status(status)?;
+        if status == 304 {
+            for name in LEFT_OUT_OF_304 {
+                head.remove_header(&name);
             }
+        }
+        if plan != Plan::Whole {
+            head.remove_header(&header::CONTENT_RANGE);
         }
         let mut pieces = Vec::new();
         match plan {
@@ -483,17 +543,22 @@ impl Front {
         head.insert_header(header::AGE, manifest.freshness.age(now_ms))?;
         self.describe(
             &mut head,
-            &cache_status(found, now_ms, self.engine.config().caching.show_key),
+            &cache_status(found, now_ms, fenced, self.engine.config().caching.show_key),
             x_cache(found.resolution),
         )?;
         Ok((head, pieces))
     }
 
     /// The fields that say what this cache did.
-    fn describe(&self, head: &mut ResponseHeader, cache_status: &str, x_cache: &str) -> Result<()> {
-        head.append_header("cache-status", format!("{NAME}; {cache_status}"))?;
-        head.insert_header("x-cache", x_cache)?;
-        head.append_header(header::VIA, format!("1.1 {NAME}"))?;
+    fn describe(
+        &self,
+        head: &mut ResponseHeader,
+        cache_status: &str,
+        x_cache: &'static str,
+    ) -> Result<()> {
+        head.append_header("cache-status", [NAME, "; ", cache_status].concat())?;
+        head.insert_header("x-cache", HeaderValue::from_static(x_cache))?;
+        head.append_header(header::VIA, HeaderValue::from_static(VIA))?;
         Ok(())
     }
 
@@ -543,7 +608,8 @@ impl Front {
             .with_label_values(&["PASS"])
             .inc();
         let end = !is_get || !has_body || relay.length == Some(0);
-        self.begin(session, ctx, head, end).await?;
+        self.begin(session, ctx, head, end, &relay.informational)
+            .await?;
         if end {
             return Ok(());
         }
@@ -605,7 +671,7 @@ impl Front {
             .responses_total
             .with_label_values(&["MISS"])
             .inc();
-        self.begin(session, ctx, head, true).await
+        self.begin(session, ctx, head, true, &[]).await
     }
 
     async fn purge(&self, session: &mut Session) -> Result<()> {
@@ -627,6 +693,12 @@ impl Front {
             .write_response_body(Some(answer.body.into()), true)
             .await
     }
+}
+
+/// Whether the answer's head is out.
+fn has_begun(session: &Session) -> bool {
+    let written = session.response_written();
+    written.is_some_and(|head| !head.status.is_informational())
 }
 
 /// Waits for a deadline, for ever if there is none.
@@ -701,22 +773,9 @@ fn multipart(
     Ok(pieces)
 }
 
-/// A 304 carries what guides caches, not what describes the bytes (RFC 9110 section 15.4.5).
-fn is_left_out_of_304(name: &str) -> bool {
-    const LEFT_OUT: [&str; 4] = [
-        "content-type",
-        "content-encoding",
-        "content-language",
-        "transfer-encoding",
-    ];
-    LEFT_OUT
-        .iter()
-        .any(|left_out| name.eq_ignore_ascii_case(left_out))
-}
-
 /// RFC 9211's parameters for an answer from a manifest. The detail is the
 /// answer's phase, in the words of pingora-cache.
-fn cache_status(found: &Found, now_ms: u64, show_key: bool) -> String {
+fn cache_status(found: &Found, now_ms: u64, fenced: bool, show_key: bool) -> String {
     let manifest = &found.object.manifest;
     let freshness = &manifest.freshness;
     let ttl = freshness.lifetime as i64 - freshness.age(now_ms) as i64;
@@ -735,12 +794,19 @@ fn cache_status(found: &Found, now_ms: u64, show_key: bool) -> String {
                 Forwarded::UriMiss => Forwarded::Stale.as_str(),
                 _ => fwd,
             };
-            format!("fwd={fwd}; fwd-status=304; stored; ttl={ttl}{collapsed}; detail=revalidated")
+            let detail = if fenced { "fenced" } else { "revalidated" };
+            // A 304 may forbid to keep what it confirms.
+            let stored = match freshness.no_cache && freshness.lifetime == 0 {
+                true => "",
+                false => "; stored",
+            };
+            format!("fwd={fwd}; fwd-status=304{stored}; ttl={ttl}{collapsed}; detail={detail}")
         }
         Resolution::Miss => {
             let in_parts = !manifest.version.whole || manifest.part.is_some();
             let origin = if in_parts { 206 } else { manifest.status };
             let detail = match found.forwarded {
+                _ if fenced => "fenced",
                 Forwarded::Stale => "expired",
                 _ => "miss",
             };
@@ -779,12 +845,10 @@ fn x_cache(resolution: Resolution) -> &'static str {
 }
 
 /// The client's fields that go to the origin, and ours.
-fn sent_on(head: &RequestHeader, loop_id: Option<&str>) -> Vec<(String, Vec<u8>)> {
-    let headers = &head.headers;
+fn sent_on(headers: &HeaderMap, is_get: bool, loop_id: Option<&str>) -> Vec<(String, Vec<u8>)> {
     // Range is for GET; with conditions the whole may be wanted as well, or nothing.
-    let is_range_sent = head.method == Method::GET
-        && !headers.contains_key(header::IF_RANGE)
-        && !plan::has_conditions(headers);
+    let is_range_sent =
+        is_get && !headers.contains_key(header::IF_RANGE) && !plan::has_conditions(headers);
     let nominated: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
@@ -795,14 +859,28 @@ fn sent_on(head: &RequestHeader, loop_id: Option<&str>) -> Vec<(String, Vec<u8>)
     let mut list: Vec<(String, Vec<u8>)> = headers
         .iter()
         .filter(|(name, _)| !NOT_SENT_ON.contains(&name.as_str()) && !nominated.contains(name))
+        .filter(|(name, _)| !may_choose(name))
         .filter(|(name, _)| *name != header::RANGE || is_range_sent)
         .map(|(name, value)| (name.as_str().to_owned(), value.as_bytes().to_vec()))
         .collect();
-    list.push(("via".into(), format!("1.1 {NAME}").into_bytes()));
+    list.push(("via".into(), VIA.into()));
     if let Some(id) = loop_id {
         list.push(("cdn-loop".into(), id.as_bytes().to_vec()));
     }
     list
+}
+
+/// Whether a field could choose an answer ([`MAY_CHOOSE`]). Who the client is
+/// may be told.
+fn may_choose(name: &HeaderName) -> bool {
+    let name = name.as_str().replace('_', "-");
+    name != "x-forwarded-for" && MAY_CHOOSE.iter().any(|start| name.starts_with(start))
+}
+
+/// How often a request may still be sent on (RFC 9110 section 7.6.2).
+fn max_forwards(head: &RequestHeader) -> Option<u64> {
+    let value = head.headers.get(header::MAX_FORWARDS)?;
+    value.to_str().ok()?.trim().parse().ok()
 }
 
 /// Why a message cannot be sent on as it is framed: lengths that another may
@@ -827,6 +905,7 @@ impl ProxyHttp for Front {
             started: Instant::now(),
             passed: None,
             counted: false,
+            fenced: false,
             invalidates: None,
             _passing: None,
             _under_way: self.under_way.token(),
@@ -877,6 +956,15 @@ impl ProxyHttp for Front {
                 ctx.passed = Some("method");
                 if !matches!(method, "OPTIONS" | "TRACE") {
                     ctx.invalidates = Some(Url { host, target });
+                } else if max_forwards(session.req_header()) == Some(0) {
+                    let status = if method == "OPTIONS" { 204 } else { 405 };
+                    let mut head = ResponseHeader::build_no_case(status, None)?;
+                    head.insert_header(header::ALLOW, ALLOWED)?;
+                    if status == 405 {
+                        head.insert_header(header::CONTENT_LENGTH, 0)?;
+                    }
+                    self.begin(session, ctx, head, true, &[]).await?;
+                    return Ok(true);
                 }
                 self.has_no_room_to_pass(session, ctx).await
             }
@@ -902,11 +990,23 @@ impl ProxyHttp for Front {
         if let Some((host, _)) = self.naming.host_and_target(session.req_header()) {
             upstream.insert_header(header::HOST, self.engine.origin().host(&host).to_owned())?;
         }
-        upstream.append_header(header::VIA, format!("1.1 {NAME}"))?;
+        upstream.append_header(header::VIA, HeaderValue::from_static(VIA))?;
         if let Some(id) = self.loop_id() {
-            upstream.append_header("cdn-loop", id)?;
+            upstream.append_header("cdn-loop", id.as_bytes())?;
         }
         upstream.remove_header("x-purge-token");
+        let client = session.req_header();
+        if let Some(left) = max_forwards(client)
+            && matches!(client.method, Method::OPTIONS | Method::TRACE)
+        {
+            upstream.insert_header(header::MAX_FORWARDS, left.saturating_sub(1))?;
+        }
+        // What is for every cache on the way cannot be nominated away.
+        if !upstream.headers.contains_key(header::CACHE_CONTROL) {
+            for value in client.headers.get_all(header::CACHE_CONTROL) {
+                upstream.append_header(header::CACHE_CONTROL, value.clone())?;
+            }
+        }
         Ok(())
     }
 
@@ -965,7 +1065,7 @@ impl ProxyHttp for Front {
             error_code,
             can_reuse_downstream: false,
         };
-        if session.response_written().is_some() {
+        if has_begun(session) {
             return refused(0);
         }
         let status = match (error.etype(), error.esource()) {

@@ -1,6 +1,7 @@
 //! The head of one variant of one object: what a node must know to answer from
 //! its slices. Values only, and their form on disk and wire.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -150,6 +151,7 @@ pub struct Stored {
     /// The manifest.
     pub manifest: Manifest,
     checked: AtomicU64,
+    fields: OnceLock<HeaderMap>,
 }
 
 impl Stored {
@@ -158,7 +160,13 @@ impl Stored {
         Stored {
             manifest,
             checked: AtomicU64::new(u64::MAX),
+            fields: OnceLock::new(),
         }
+    }
+
+    /// The manifest's fields as a map, made once.
+    pub fn fields(&self) -> &HeaderMap {
+        self.fields.get_or_init(|| to_map(&self.manifest.headers))
     }
 
     /// Whether it passed the floors at `version`.

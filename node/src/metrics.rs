@@ -124,6 +124,8 @@ metrics! {
     answers_stalled_total: IntCounter;
     /// Clients let go because they took their answer too slowly (client_timeouts), or for longer than its total.
     clients_too_slow_total: IntCounter;
+    /// Requests that this node took while it held no lease: it answers nothing from its cache unasked. Worry when it grows: it is cut off from the others.
+    fenced_requests_total: IntCounter;
     /// Slices written to disk.
     l2_writes_total: IntCounter;
     /// Slices not written to disk because the writer was behind or the disk failed. Worry when it keeps growing: the disk is too slow.

@@ -20,10 +20,11 @@ use pingora_core::connectors::http::Connector;
 use pingora_core::protocols::http::client::HttpSession;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_http::RequestHeader;
-use pingora_slice_cluster::wire::OriginRequest;
+use pingora_slice_cluster::wire::{Informational, OriginRequest};
 
 use crate::config::{OriginTimeouts, Upstream};
 use crate::freshness::unix_ms;
+use crate::manifest::to_headers;
 use crate::metrics::Metrics;
 
 /// How long an idle origin connection is kept.
@@ -33,7 +34,9 @@ const RESOLVED_FOR: Duration = Duration::from_secs(30);
 /// How long an origin that refused a connection is tried last.
 const DOWN_FOR: Duration = Duration::from_secs(5);
 /// Informational responses before the final one at most.
-const INFORMATIONAL_MAX: usize = 16;
+const INFORMATIONAL_MAX: usize = 1000;
+/// Bytes of their fields that are passed on: what is beyond is dropped.
+const INFORMATIONAL_BYTES_MAX: usize = 16 * 1024;
 
 /// Why the origin gave no answer.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -85,6 +88,8 @@ pub struct OriginAnswer {
     pub asked_ms: u64,
     /// Unix milliseconds when the head arrived.
     pub received_ms: u64,
+    /// The informational responses before it, as far as they are few and small.
+    pub informational: Informational,
     /// The body.
     pub body: OriginBody,
 }
@@ -95,9 +100,15 @@ pub struct OriginBody {
     peer: HttpPeer,
     origin: Arc<Inner>,
     deadline: Duration,
+    announced: bool,
 }
 
 impl OriginBody {
+    /// Whether its length was announced; else only its end tells.
+    pub fn is_announced(&self) -> bool {
+        self.announced
+    }
+
     /// The next bytes, or `None` at the properly framed end.
     ///
     /// # Errors
@@ -276,7 +287,7 @@ impl Origin {
                 // The origin closed an idle connection as we took it up again.
                 Ok(Err(_)) if reused && first_try => first_try = false,
                 Ok(Err(error)) => return Err((error, true)),
-                Ok(Ok(())) => {
+                Ok(Ok(informational)) => {
                     let received_ms = unix_ms(SystemTime::now());
                     let Some(response) = session.response_header() else {
                         return Err((OriginError::Unreachable("no response head".into()), true));
@@ -290,6 +301,7 @@ impl Origin {
                         peer,
                         origin: inner.clone(),
                         deadline: inner.timeouts.read,
+                        announced: length.is_some(),
                     };
                     return Ok(OriginAnswer {
                         status,
@@ -297,6 +309,7 @@ impl Origin {
                         length,
                         asked_ms,
                         received_ms,
+                        informational,
                         body,
                     });
                 }
@@ -414,20 +427,37 @@ fn broken(error: Box<pingora_core::Error>) -> OriginError {
     }
 }
 
-async fn exchange(session: &mut HttpSession, head: Box<RequestHeader>) -> Result<(), OriginError> {
+async fn exchange(
+    session: &mut HttpSession,
+    head: Box<RequestHeader>,
+) -> Result<Informational, OriginError> {
+    let mut informational = Informational::new();
+    let mut room = INFORMATIONAL_BYTES_MAX;
     session.write_request_header(head).await.map_err(broken)?;
     session.finish_request_body().await.map_err(broken)?;
     for _ in 0..INFORMATIONAL_MAX {
         session.read_response_header().await.map_err(broken)?;
         let Some(head) = session.response_header() else {
-            return Ok(());
+            return Ok(informational);
         };
         if !head.status.is_informational() {
             // A body in another coding would be taken for the object's bytes.
             return match is_coded(&head.headers) {
-                false => Ok(()),
+                false => Ok(informational),
                 true => Err(OriginError::BrokeOff("an unknown transfer coding".into())),
             };
+        }
+        // 100 and 101 are about this connection.
+        let bytes: usize = head
+            .headers
+            .iter()
+            .map(|(name, value)| name.as_str().len() + value.len())
+            .sum();
+        if head.status.as_u16() > 101 && bytes <= room {
+            room -= bytes;
+            let mut headers = head.headers.clone();
+            strip_hop_by_hop(&mut headers);
+            informational.push((head.status.as_u16(), to_headers(&headers)));
         }
     }
     Err(OriginError::BrokeOff(

@@ -11,9 +11,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pingora_slice_cluster::ObjectKey;
 use pingora_slice_cluster::slice::{Touched, touched};
-use pingora_slice_cluster::wire::OriginRequest;
 
 use crate::budget::Permit;
 use crate::engine::{Engine, Found, Request};
@@ -36,8 +34,7 @@ pub(crate) enum Piece {
 /// See the module's text.
 pub(crate) struct Pieces<'a> {
     engine: &'a Engine,
-    key: ObjectKey,
-    origin: &'a OriginRequest,
+    request: &'a Request,
     found: &'a Found,
     to_open: VecDeque<Next>,
     opened: VecDeque<Opened>,
@@ -85,8 +82,7 @@ impl<'a> Pieces<'a> {
             .collect();
         Pieces {
             engine,
-            key: request.key,
-            origin: &request.origin,
+            request,
             found,
             to_open,
             opened: VecDeque::new(),
@@ -135,7 +131,7 @@ impl<'a> Pieces<'a> {
                     };
                     range.start += u64::from(part.end - part.start);
                     let object = &self.found.object;
-                    let reader = self.engine.open(self.key, object, self.origin, part, ahead);
+                    let reader = self.engine.open(self.request, object, part, ahead);
                     self.opened.push_back(Opened::Slice {
                         reader,
                         part,
@@ -229,7 +225,7 @@ impl<'a> Pieces<'a> {
                                 ..*part
                             };
                             let object = &self.found.object;
-                            *reader = self.engine.open(self.key, object, self.origin, rest, None);
+                            *reader = self.engine.open(self.request, object, rest, None);
                         }
                         Some(Err(error)) => {
                             count_slice(metrics, reader.source(), *bytes);
@@ -241,7 +237,7 @@ impl<'a> Pieces<'a> {
                                 ..*part
                             };
                             let object = &self.found.object;
-                            *reader = self.engine.open(self.key, object, self.origin, rest, None);
+                            *reader = self.engine.open(self.request, object, rest, None);
                         }
                         None => {
                             count_slice(metrics, reader.source(), *bytes);

@@ -198,6 +198,9 @@ fn ranges(specs: &[RangeSpec], length: u64) -> Plan {
 
 /// RFC 9110 section 13.2.2, steps 1 to 4; `None`: go on with Range.
 fn conditions(request: &HeaderMap, manifest: &Manifest) -> Option<Plan> {
+    if !has_conditions(request) {
+        return None;
+    }
     let etag = manifest.header("etag");
     let last_modified = manifest.header("last-modified").and_then(http_date);
     if request.contains_key(IF_MATCH) {

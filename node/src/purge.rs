@@ -26,8 +26,9 @@
 //! Not here: what a purge does (the cluster's `purge` and `state`).
 
 use std::collections::VecDeque;
+use std::net::Ipv6Addr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use http::{HeaderName, StatusCode, header};
@@ -281,6 +282,8 @@ impl Purger {
         head: &RequestHeader,
         client_is_loopback: bool,
     ) -> PurgeAnswer {
+        let started = Instant::now();
+        let refused = |refusal: &Refusal, url| refused(refusal, url, started.elapsed());
         let config = self.config.load_full();
         if !config.enabled {
             return refused(&Refusal::Disabled, None);
@@ -404,6 +407,11 @@ impl Purger {
     pub fn recent(&self) -> Vec<Recent> {
         let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         recent.iter().rev().cloned().collect()
+    }
+
+    /// Counts a message that cannot be understood: as one for URLs, the usual kind.
+    pub fn count_malformed(&self) {
+        self.count(&[("url", 1)], "failure");
     }
 
     /// Counts a token that was not accepted.
@@ -591,6 +599,13 @@ pub fn host_and_target(head: &RequestHeader) -> Option<(String, String)> {
     Some((checked_host(host).ok()?, target.to_owned()))
 }
 
+fn is_scheme(text: &str) -> bool {
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b))
+}
+
 /// Host (normalised) and raw path and query of `http://host/path?query`; the
 /// scheme may be left out, a fragment is dropped.
 ///
@@ -600,6 +615,9 @@ pub fn parse_url(url: &str) -> Result<(String, String), String> {
     let (rest, tls) = match url.split_once("://") {
         Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => (rest, false),
         Some((scheme, rest)) if scheme.eq_ignore_ascii_case("https") => (rest, true),
+        Some((other, _)) if is_scheme(other) => {
+            return Err(format!("{url:?}: {other} is neither http nor https"));
+        }
         _ => (url, false),
     };
     let rest = rest.split_once('#').map_or(rest, |(before, _)| before);
@@ -637,9 +655,19 @@ fn checked_host(host: &str) -> Result<String, String> {
         && host
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b"-._~:[]%!$&'()*+,;=".contains(&b));
+    let port = host.rsplit_once(':').map_or("", |(_, port)| port);
     let host = normalise_host(host);
+    let is_ipv6 = |text: &str| text.parse::<Ipv6Addr>().is_ok();
+    let is_one = match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']').is_some_and(is_ipv6),
+        None => !host.contains([':', '[', ']']) || is_ipv6(&host),
+    };
+    let is_port_too_large = !host.contains(':')
+        && !port.is_empty()
+        && port.bytes().all(|byte| byte.is_ascii_digit())
+        && port.parse::<u16>().is_err();
     // What we show of a name must lead back to it: `a..` would become another.
-    if host.is_empty() || !valid || normalise_host(&host) != host {
+    if host.is_empty() || !valid || !is_one || is_port_too_large || normalise_host(&host) != host {
         return Err("no valid host".to_owned());
     }
     Ok(host)
@@ -683,12 +711,21 @@ fn token(key: &HashKey, request_id: &str) -> u128 {
     key.hash128(DOMAIN_REQUEST, &[request_id.as_bytes()])
 }
 
-/// A header's value, if it is there and text.
+/// A header's value, if it is there, once, and text.
 fn text<'a>(head: &'a RequestHeader, name: &str) -> Result<Option<&'a str>, String> {
-    head.headers
-        .get(name)
+    match lines(head, name)?.as_slice() {
+        [] => Ok(None),
+        [one] => Ok(Some(one)),
+        _ => Err(format!("{name} is given more than once")),
+    }
+}
+
+/// The values of a header that may be given more than once.
+fn lines<'a>(head: &'a RequestHeader, name: &str) -> Result<Vec<&'a str>, String> {
+    let values = head.headers.get_all(name).iter();
+    values
         .map(|value| value.to_str().map(str::trim))
-        .transpose()
+        .collect::<Result<_, _>>()
         .map_err(|_| format!("{name} is not text"))
 }
 
@@ -786,13 +823,15 @@ fn named_by(head: &RequestHeader) -> Result<Vec<Named>, String> {
         return Ok(vec![Named::All]);
     }
     let pattern = text(head, "x-purge-pattern")?;
-    if let Some(tags) = text(head, "x-purge-tag")? {
+    let tags = lines(head, "x-purge-tag")?;
+    if !tags.is_empty() {
         if pattern.is_some() {
             return Err("X-Purge-Tag and X-Purge-Pattern exclude each other".to_owned());
         }
         let separators = |c: char| c.is_whitespace() || c == ',';
         let tags: Vec<Named> = tags
-            .split(separators)
+            .iter()
+            .flat_map(|line| line.split(separators))
             .filter(|tag| !tag.is_empty())
             .map(|tag| checked_tag(tag).map(Named::Tag))
             .collect::<Result<_, _>>()?;
@@ -817,7 +856,7 @@ fn named_by(head: &RequestHeader) -> Result<Vec<Named>, String> {
     Ok(vec![named])
 }
 
-fn refused(refusal: &Refusal, url: Option<String>) -> PurgeAnswer {
+fn refused(refusal: &Refusal, url: Option<String>, took: Duration) -> PurgeAnswer {
     let mut headers = Vec::new();
     let mut request_id = String::new();
     match refusal {
@@ -833,6 +872,7 @@ fn refused(refusal: &Refusal, url: Option<String>) -> PurgeAnswer {
     let body = api::Purged {
         url,
         message: refusal.to_string(),
+        took_ms: took.as_millis() as u64,
         request_id,
         ..api::Purged::default()
     };
@@ -1126,7 +1166,8 @@ mod tests {
             reason: "no leader".to_owned(),
             request_id: "0b".to_owned(),
         };
-        let answer = refused(&refusal, Some("http://a/x".to_owned()));
+        let took = Duration::from_secs(5);
+        let answer = refused(&refusal, Some("http://a/x".to_owned()), took);
         assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
         for (name, value) in [("retry-after", "1"), ("x-purge-request-id", "0b")] {
             let field = (HeaderName::from_static(name), value.to_owned());
@@ -1134,6 +1175,7 @@ mod tests {
         }
         assert_eq!(body(&answer).request_id, "0b");
         assert_eq!(body(&answer).index, 0);
+        assert_eq!(body(&answer).took_ms, 5000);
     }
 
     #[test]
@@ -1157,6 +1199,9 @@ mod tests {
             "a/b c",
             "a b/c",
             "u@h/x",
+            "::::",
+            "ftp://h/x",
+            "http://h:99999/x",
         ] {
             assert!(parse_url(url).is_err(), "{url}");
         }

@@ -249,6 +249,12 @@ fn read_caching(s: &mut Section) -> Caching {
             sort: s.scalar("sort", boolean).unwrap_or(false),
         }),
         show_key: s.scalar("show_key", boolean).unwrap_or(false),
+        stale_while_revalidate: s
+            .scalar("stale_while_revalidate", duration)
+            .unwrap_or(usual.stale_while_revalidate),
+        stale_if_error: s
+            .scalar("stale_if_error", duration)
+            .unwrap_or(usual.stale_if_error),
     }
 }
 

@@ -197,6 +197,8 @@ caching:
   set_cookie: explicit
   query: {ignore: utm_source, sort: true}
   show_key: true
+  stale_while_revalidate: 30s
+  stale_if_error: 1h
 l1_cache_size_bytes: 1g
 l2_cache_dir: cache
 l2_cache_size_bytes: 2T
@@ -247,6 +249,8 @@ drain_timeout: 0
             sort: true,
         },
         show_key: true,
+        stale_while_revalidate: Duration::from_secs(30),
+        stale_if_error: Duration::from_secs(3600),
     };
     assert_eq!(c.caching, caching);
     for (raw, named) in [

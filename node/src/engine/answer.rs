@@ -8,7 +8,7 @@ use futures::{StreamExt, stream};
 use pingora_slice_cluster::NodeId;
 use pingora_slice_cluster::peer::{Body, BodyBroken, SliceSource};
 use pingora_slice_cluster::wire::{
-    Answer, Ask, Part, Resolution, ResolveAsk, SliceAsk, SliceOrigin,
+    Answer, Ask, Informational, Part, Resolution, ResolveAsk, SliceAsk, SliceOrigin,
 };
 
 use super::resolve::UNREACHABLE;
@@ -61,15 +61,16 @@ impl Engine {
             url: Url {
                 host: ask.request.host.clone(),
                 target: ask.request.target.clone(),
-            },
-            origin: ask.request,
+            }
+            .into(),
+            origin: ask.request.into(),
             demands,
             first_byte: ask.first_byte,
             sliced: ask.sliced,
         };
         if let (true, Some(gone)) = (ask.stored_only, ask.gone) {
             // Another node knows that this version was replaced.
-            let headers = &request.origin.headers;
+            let headers = || &request.origin.headers;
             if let Some(object) = self.lookup(request.key, &request.url, headers).await
                 && object.manifest.generation == gone
             {
@@ -97,8 +98,9 @@ impl Engine {
                 resolution,
                 collapsed: false,
                 forwarded: Forwarded::default(),
+                informational: Informational::new(),
             };
-            return (answer_with(&found), None);
+            return (answer_with(found), None);
         }
         if ask.stored_only {
             // Something may be here all the same: a variant, or a stale one.
@@ -114,13 +116,11 @@ impl Engine {
             return (Answer::Uncacheable, None);
         }
         match self.resolve_at_origin(&request, held, ask.gone, true).await {
-            Resolved::Object(found) => (answer_with(&found), None),
+            Resolved::Object(found) => (answer_with(found), None),
             Resolved::Pass(_) => (Answer::Uncacheable, None),
-            // Its asker may reach what we cannot (502); what we did reach and
-            // got no answer from will not answer the asker either (504).
-            Resolved::Failed { reason, .. } if reason == UNREACHABLE => {
-                (Answer::Failed { status: 502 }, None)
-            }
+            // Its asker may reach what we cannot; what we did reach and got no
+            // answer from will not answer the asker either.
+            Resolved::Failed { reason, .. } if reason == UNREACHABLE => (Answer::Busy, None),
             Resolved::Failed { status, .. } => (Answer::Failed { status }, None),
             Resolved::Relay(relay) => {
                 let mut headers = relay.headers;
@@ -159,6 +159,7 @@ impl Engine {
                     Answer::Relay {
                         status: relay.status,
                         headers: manifest::to_headers(&headers),
+                        informational: relay.informational,
                     },
                     Some(body),
                 )
@@ -261,11 +262,12 @@ fn stored(slice_bytes: usize, parts: Vec<Part>, permit: Permit) -> (Answer, Opti
     (answer, Some(parts.boxed()))
 }
 
-fn answer_with(found: &Found) -> Answer {
+fn answer_with(found: Found) -> Answer {
     Answer::Manifest {
         manifest: manifest::encode(&Record::Manifest(Box::new(found.object.manifest.clone()))),
         resolution: found.resolution,
         collapsed: found.collapsed,
+        informational: found.informational,
     }
 }
 

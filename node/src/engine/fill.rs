@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -95,9 +95,6 @@ impl Fill {
     }
 }
 
-/// No deadline: a year.
-const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
-
 /// The memory budget is spent, and stayed so.
 fn no_memory() -> FillError {
     FillError::Failed {
@@ -110,23 +107,32 @@ fn no_memory() -> FillError {
 struct NextSource(String);
 
 impl Engine {
-    /// Opens a slice for reading: from memory, from a flight, or by a new one.
-    /// `ahead` is for bytes that are not wanted yet; what is wanted now waits
-    /// for its permit in the flight, or is read from memory in copies.
+    /// Opens a slice for reading where it is in memory.
+    pub(super) fn open_stored(
+        &self,
+        id: SliceId,
+        touched: &Touched,
+        ahead: &Option<Permit>,
+    ) -> Option<SliceReader> {
+        self.inner.wholes.note(&id);
+        let slice = self.inner.l1.slice(&id)?;
+        let reader = self.read_stored(&slice, touched.start..touched.end, ahead.clone());
+        if reader.is_none() {
+            self.drop_damaged(id);
+        }
+        reader
+    }
+
+    /// Opens a slice that is not in memory: by joining its flight, or by a new
+    /// one. `ahead` is for bytes that are not wanted yet; what is wanted now
+    /// waits for its permit in the flight.
     pub(super) fn open_fill(
         &self,
         fill: Fill,
         touched: Touched,
         ahead: Option<Permit>,
     ) -> SliceReader {
-        self.inner.wholes.note(&fill.slice);
         let wanted = touched.start..touched.end;
-        if let Some(slice) = self.inner.l1.slice(&fill.slice) {
-            if let Some(reader) = self.read_stored(&slice, wanted.clone(), ahead.clone()) {
-                return reader;
-            }
-            self.drop_damaged(fill.slice);
-        }
         let budget = self.inner.budget.clone();
         if let Some(flight) = self.inner.fills.get(&fill.slice) {
             return SliceReader::Flight {
@@ -464,8 +470,7 @@ impl Engine {
     }
 
     async fn fill_by_range(&self, fill: &Fill, flight: &Arc<Flight>, body: Option<OriginBody>) {
-        let arriving = body.map(|body| (body, None));
-        match self.try_from_origin(fill, flight, arriving).await {
+        match self.try_from_origin(fill, flight, body).await {
             Ok(()) => self.end_origin_fill(fill, flight, Ok(())).await,
             // Sent whole: one body for this slice and all others.
             Err(Retry::Whole(body)) => self.fill_by_whole(fill, flight, Some(*body)).await,
@@ -541,28 +546,6 @@ impl Engine {
         slice
     }
 
-    /// Fills a slice from the origin by itself, whatever form the answer has.
-    /// `arriving` is the range itself, or begins so many bytes before it.
-    pub(super) async fn from_origin(
-        &self,
-        fill: &Fill,
-        flight: &Arc<Flight>,
-        arriving: Option<(OriginBody, Option<u64>)>,
-    ) -> Result<(), FillError> {
-        let start = fill.bytes().start;
-        let mut result = self.try_from_origin(fill, flight, arriving).await;
-        if let Err(Retry::Whole(body)) = result {
-            let skip = start + u64::from(flight.bytes());
-            result = self
-                .try_from_origin(fill, flight, Some((*body, Some(skip))))
-                .await;
-        }
-        result.map_err(|retry| match retry {
-            Retry::Yes(error) | Retry::No(error) => error,
-            Retry::Whole(_) | Retry::OtherTag(_) => FillError::Changed,
-        })
-    }
-
     fn other_tags(&self) -> MutexGuard<'_, OtherTags> {
         self.inner.other_tags.lock().expect("no panic while held")
     }
@@ -574,18 +557,13 @@ impl Engine {
         &self,
         fill: &Fill,
         flight: &Arc<Flight>,
-        mut arriving: Option<(OriginBody, Option<u64>)>,
+        mut arriving: Option<OriginBody>,
     ) -> Result<(), Retry> {
         let started = Instant::now();
         self.inner.metrics.subrequests_total.inc();
         let mut other_tags: Vec<String> = Vec::new();
         let mut attempt = 0;
-        // Not for a body that is read up to the slice: that takes what it takes.
-        let total = match &arriving {
-            Some((_, Some(_))) => FOR_EVER,
-            _ => self.inner.config.origin_timeouts.total,
-        };
-        let deadline = tokio::time::Instant::now() + total;
+        let deadline = tokio::time::Instant::now() + self.inner.config.origin_timeouts.total;
         let version = fill.slice.generation;
         let result = loop {
             let by_date = self.other_tags().say_nothing(version);
@@ -646,12 +624,12 @@ impl Engine {
         &self,
         fill: &Fill,
         flight: &Arc<Flight>,
-        arriving: Option<(OriginBody, Option<u64>)>,
+        arriving: Option<OriginBody>,
         condition: Vec<(HeaderName, String)>,
         by_date: bool,
     ) -> Result<(), Retry> {
         let whole = fill.bytes();
-        let (mut body, before) = match arriving {
+        let mut body = match arriving {
             Some(arriving) => arriving,
             None => {
                 let asked = whole.start + u64::from(flight.bytes())..whole.end;
@@ -673,10 +651,9 @@ impl Engine {
                 if answer.status == 200 {
                     return Err(Retry::Whole(Box::new(answer.body)));
                 }
-                (answer.body, None)
+                answer.body
             }
         };
-        let mut skip = before.unwrap_or(0);
         let expected = (whole.end - whole.start) as u32;
         while flight.bytes() < expected {
             let next = body.next().await;
@@ -688,27 +665,22 @@ impl Engine {
                     reason: "the body ended early".into(),
                 }));
             };
-            if skip > 0 {
-                let cut = skip.min(bytes.len() as u64);
-                bytes = bytes.slice(cut as usize..);
-                skip -= cut;
-            }
             let room = (expected - flight.bytes()) as usize;
             let rest = bytes.split_off(bytes.len().min(room));
+            // Without an announced length only the end tells that these are the last.
+            let ends = bytes.len() == room && !body.is_announced();
+            if !rest.is_empty() || (ends && matches!(body.next().await, Ok(Some(_)))) {
+                return Err(self.too_long(fill));
+            }
             // At most a page each, so that peers can pass them on as they are.
             while !bytes.is_empty() {
                 let part = bytes.split_to(bytes.len().min(PAGE_BYTES));
                 flight.land(Part::new(part));
             }
-            if !rest.is_empty() && before.is_none() {
-                return Err(self.too_long(fill));
-            }
         }
         // Reads the framing's end, so that the connection can be used again.
-        match body.next().await {
-            Ok(Some(_)) if before.is_none() => Err(self.too_long(fill)),
-            _ => Ok(()),
-        }
+        let _ = body.next().await;
+        Ok(())
     }
 
     /// A body that ended before its announced end, or stalled there.

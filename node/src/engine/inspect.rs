@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use pingora_slice_client::api;
-use pingora_slice_cluster::SliceId;
 use pingora_slice_cluster::purge::Subject;
 use pingora_slice_cluster::slice::touched;
 use pingora_slice_cluster::wire::{OriginRequest, Resolution};
+use pingora_slice_cluster::{PurgeIndex, SliceId};
 
 use super::{Engine, Request, Resolved, Verdict};
 use crate::admin::Inspect;
@@ -51,14 +51,28 @@ impl Inspect for Engine {
             None if self.is_uncacheable(request.key) => {
                 ("pass", "its last answer might not be shared".to_owned())
             }
-            None => ("miss", "no manifest on this node".to_owned()),
+            None => (
+                "miss",
+                "no manifest on this node, so that its tags are not known here".to_owned(),
+            ),
             Some(_) if !leased => (
                 "revalidate",
                 "this node holds no lease: it asks the origin first".to_owned(),
             ),
             Some(Verdict::Unusable) => (
                 "revalidate",
-                format!("purge {} is newer than its stamp", floor.plain),
+                match floor.plain
+                    > held
+                        .as_ref()
+                        .map_or(floor.plain, |h| h.object.manifest.stamp)
+                {
+                    true => format!(
+                        "purge {} of {} is newer than its stamp",
+                        floor.plain,
+                        self.purged_by(&subject, floor.plain)
+                    ),
+                    false => "its bytes are gone, or are not those that are wanted".to_owned(),
+                },
             ),
             Some(Verdict::Use(Use::Fresh)) => (
                 "hit",
@@ -141,12 +155,54 @@ impl Engine {
                 host: host.clone(),
                 target: target.clone(),
                 headers: Vec::new(),
-            },
-            url: Url { host, target },
+            }
+            .into(),
+            url: Url { host, target }.into(),
             demands: Demands::default(),
             first_byte: 0,
             sliced: patterns.is_empty() || patterns.iter().any(|p| p.is_match(&path)),
         })
+    }
+
+    /// What a floor was raised by: the widest that reaches it.
+    fn purged_by(&self, subject: &Subject, floor: PurgeIndex) -> &'static str {
+        let none = Subject {
+            host: 0,
+            url: 0,
+            prefixes: Vec::new(),
+            tags: Vec::new(),
+        };
+        let (host, url) = (subject.host, subject.url);
+        let (prefixes, tags) = (subject.prefixes.clone(), subject.tags.clone());
+        let parts = [
+            ("everything", none.clone()),
+            (
+                "its host",
+                Subject {
+                    host,
+                    ..none.clone()
+                },
+            ),
+            (
+                "a prefix of its path",
+                Subject {
+                    prefixes,
+                    ..none.clone()
+                },
+            ),
+            (
+                "one of its tags",
+                Subject {
+                    tags,
+                    ..none.clone()
+                },
+            ),
+            ("its URL", Subject { url, ..none }),
+        ];
+        let raised = parts
+            .iter()
+            .find(|(_, part)| self.floor(part).plain >= floor);
+        raised.map_or("nothing known", |(what, _)| *what)
     }
 
     fn explain_slices(&self, request: &Request, object: &Arc<Stored>) -> Vec<api::Slice> {
@@ -198,8 +254,7 @@ impl Engine {
             let before = bytes;
             let mut rest = part;
             loop {
-                let (object, origin) = (&found.object, &request.origin);
-                let mut reader = self.open(request.key, object, origin, rest, None);
+                let mut reader = self.open(&request, &found.object, rest, None);
                 while let Some(next) = reader.next(false).await {
                     match next {
                         Ok(read) => {

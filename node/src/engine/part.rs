@@ -14,7 +14,7 @@ use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http::header::CONTENT_ENCODING;
 use pingora_slice_cluster::Generation;
-use pingora_slice_cluster::wire::Resolution;
+use pingora_slice_cluster::wire::{Informational, Resolution};
 
 use super::resolve::{Act, Outcome, Probe, Resolve, update};
 use super::{Engine, Forwarded, Relay, RelayBody, Request};
@@ -193,7 +193,7 @@ impl Engine {
         // The lease first: it vouches for floors read after it.
         let leased = self.inner.cluster.may_serve();
         let object = self
-            .lookup(request.key, &request.url, &request.origin.headers)
+            .lookup(request.key, &request.url, || &request.origin.headers)
             .await?;
         let manifest = &object.manifest;
         let (start, _) = manifest.part?;
@@ -256,9 +256,9 @@ impl Engine {
                     return Act::Done(self.part(request, rest, Some(held), answer, flight).await);
                 }
                 // It cannot be told to be of the same bytes.
-                return Act::AskAgain;
+                return Act::AskOtherwise;
             }
-            None => return Act::AskAgain,
+            None => return Act::AskOtherwise,
         }
         self.inner.stitch.report(Fault {
             reason: "content-range",
@@ -268,7 +268,7 @@ impl Engine {
             headers: &answer.headers,
         });
         probe.was_lied_to();
-        Act::AskAgain
+        Act::AskOtherwise
     }
 
     /// A part, kept where that is possible, together with one that is held
@@ -342,6 +342,7 @@ impl Engine {
             headers: without_length(as_it_came),
             length: Some(bytes.len() as u64),
             forwarded: Forwarded::default(),
+            informational: Informational::new(),
             body: RelayBody::Bytes(bytes),
         });
         Outcome::Relay

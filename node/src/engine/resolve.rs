@@ -11,7 +11,9 @@ use http::header::{
 };
 use pingora_slice_cluster::purge::{Subject, joinable};
 use pingora_slice_cluster::slice::{slice_at, slice_range};
-use pingora_slice_cluster::wire::{Ask, OriginRequest, Resolution, ResolveAsk, Version};
+use pingora_slice_cluster::wire::{
+    Ask, Informational, OriginRequest, Resolution, ResolveAsk, Version,
+};
 use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use rand::Rng;
 use tokio::sync::watch;
@@ -25,7 +27,7 @@ use super::{
 use crate::config::OriginProbe;
 use crate::freshness::{self, NotStored, Use, unix_ms};
 use crate::l1::Kept;
-use crate::manifest::{self, Freshness, Manifest, Stored};
+use crate::manifest::{self, Freshness, Manifest, Stored, Url};
 use crate::origin::{self, OriginAnswer, OriginError, Wanted};
 use crate::plan;
 use crate::stitch::Fault;
@@ -65,6 +67,8 @@ pub(super) struct Resolve {
     outcome: watch::Sender<Option<Outcome>>,
     /// The origin's answer where it may not be shared: for who started it.
     pub(super) relay: Mutex<Option<Relay>>,
+    /// What the origin said before its answer: for who started it.
+    informational: Mutex<Informational>,
 }
 
 impl Resolve {
@@ -83,6 +87,14 @@ impl Resolve {
             _ => false,
         };
         other && old.freshness.is_fresh(unix_ms(SystemTime::now()))
+    }
+
+    fn note_informational(&self, informational: Informational) {
+        *self.informational.lock().expect("no panic while held") = informational;
+    }
+
+    fn take_informational(&self) -> Informational {
+        std::mem::take(&mut *self.informational.lock().expect("no panic while held"))
     }
 
     /// Whether it is under way, or has brought what others may have too.
@@ -166,10 +178,17 @@ impl Engine {
                         resolution,
                         collapsed: !started,
                         forwarded: Forwarded::default(),
+                        informational: match started {
+                            true => flight.take_informational(),
+                            false => Informational::new(),
+                        },
                     });
                 }
                 Some(Outcome::Relay) if started => {
-                    if let Some(relay) = flight.relay.lock().expect("no panic while held").take() {
+                    if let Some(mut relay) =
+                        flight.relay.lock().expect("no panic while held").take()
+                    {
+                        relay.informational = flight.take_informational();
                         return Resolved::Relay(Box::new(relay));
                     }
                     return Resolved::Pass("uncacheable");
@@ -249,6 +268,7 @@ impl Engine {
             gone,
             outcome: watch::Sender::new(None),
             relay: Mutex::new(None),
+            informational: Mutex::default(),
         });
         map.insert(at, flight.clone());
         drop(map);
@@ -292,7 +312,7 @@ impl Engine {
         let ask = Ask::Resolve(ResolveAsk {
             sliced: request.sliced,
             gone: Some(generation),
-            ..what_is_stored(request.key, request.origin.clone())
+            ..what_is_stored(request.key, OriginRequest::clone(&request.origin))
         });
         let others = view.members.keys().filter(|id| **id != view.me);
         let told = others.map(|id| self.inner.cluster.ask(*id, &ask, REPLACED_HEARD_WITHIN));
@@ -353,29 +373,36 @@ impl Engine {
                 let _ = answer.body.next().await;
             }
         }
-        let mut attempt = 0;
+        let (mut attempt, mut turns) = (0, 0);
+        let disagrees = Outcome::Failed {
+            status: 502,
+            reason: "origin-disagrees",
+        };
         loop {
             let confirm = held
                 .as_ref()
                 .filter(|object| self.may_be_confirmed(object, request, flight.gone));
             let wanted = probe.wanted(confirm);
+            let is_last = attempt >= self.inner.config.max_retries;
             match self.inner.origin.get(&request.origin, &wanted).await {
-                Ok(answer) => {
+                Ok(mut answer) => {
+                    flight.note_informational(std::mem::take(&mut answer.informational));
                     if is_passing_failure(answer.status)
                         && let Some(stale) = self.stale_on_error(held.as_ref())
                     {
                         return Outcome::Object(stale, Resolution::Stale);
                     }
                     let may_pass = held.is_none() && is_bare_failure(&answer);
-                    if may_pass && attempt < self.inner.config.max_retries {
-                        attempt += 1;
-                        self.inner.metrics.retried_subrequests_total.inc();
-                        tokio::time::sleep(back_off(attempt)).await;
-                        continue;
-                    }
-                    match self.act(request, confirm, &mut probe, answer, flight).await {
-                        Act::Done(outcome) => return outcome,
-                        Act::AskAgain => attempt += 1,
+                    if is_last || !may_pass {
+                        match self.act(request, confirm, &mut probe, answer, flight).await {
+                            Act::Done(outcome) => return outcome,
+                            Act::AskOtherwise if turns < Probe::TURNS => {
+                                turns += 1;
+                                continue;
+                            }
+                            Act::TryAgain if !is_last => {}
+                            Act::AskOtherwise | Act::TryAgain => return disagrees,
+                        }
                     }
                 }
                 Err(error) => {
@@ -384,20 +411,14 @@ impl Engine {
                         return Outcome::Object(stale, Resolution::Stale);
                     }
                     let reached = !matches!(error, OriginError::Unreachable(_));
-                    if attempt >= self.inner.config.max_retries || (reached && held.is_some()) {
+                    if is_last || (reached && held.is_some()) {
                         return self.failed(&error, held.as_ref());
                     }
-                    attempt += 1;
-                    self.inner.metrics.retried_subrequests_total.inc();
-                    tokio::time::sleep(back_off(attempt)).await;
                 }
             }
-            if attempt > self.inner.config.max_retries.saturating_add(Probe::TURNS) {
-                return Outcome::Failed {
-                    status: 502,
-                    reason: "origin-disagrees",
-                };
-            }
+            attempt += 1;
+            self.inner.metrics.retried_subrequests_total.inc();
+            tokio::time::sleep(back_off(attempt)).await;
         }
     }
 
@@ -450,7 +471,7 @@ impl Engine {
             && manifest.variant == manifest::variant_of(&by, &request.origin.headers)
             && manifest.stamp >= floor.hard
             && ((leased && manifest.stamp >= floor.plain)
-                || freshness::has_strong_validator(&manifest::to_map(&manifest.headers)))
+                || freshness::has_strong_validator(object.fields()))
     }
 
     /// `stale-if-error` (RFC 5861 section 4); never past a purge or without a lease.
@@ -480,17 +501,17 @@ impl Engine {
             304 => match confirm {
                 Some(object) => Act::Done(self.confirmed(request, object, answer, flight.stamp)),
                 // Nobody asked for that.
-                None => Act::AskAgain,
+                None => Act::TryAgain,
             },
             206 if probe.open.is_some() => self.open_answer(request, probe, answer, flight).await,
             // It may know no range without both ends.
             400 | 501 if probe.open.is_some() => {
                 probe.open = None;
-                Act::AskAgain
+                Act::AskOtherwise
             }
             206 => {
                 let Some(asked) = probe.range.clone() else {
-                    return Act::AskAgain;
+                    return Act::TryAgain;
                 };
                 let range = origin::content_range(&answer.headers);
                 let fits = range.and_then(|range| {
@@ -522,7 +543,7 @@ impl Engine {
                             headers: &answer.headers,
                         });
                         probe.was_lied_to();
-                        Act::AskAgain
+                        Act::AskOtherwise
                     }
                 }
             }
@@ -533,7 +554,7 @@ impl Engine {
                     return Act::Done(self.relay(answer, flight));
                 }
                 probe.shrink(total);
-                Act::AskAgain
+                Act::AskOtherwise
             }
             status => {
                 answer.headers.remove(http::header::CONTENT_LENGTH);
@@ -555,7 +576,7 @@ impl Engine {
         stamp: PurgeIndex,
     ) -> Outcome {
         let mut manifest = object.manifest.clone();
-        let mut headers = manifest::to_map(&manifest.headers);
+        let mut headers = object.fields().clone();
         // A 304 without Date is dated on arrival.
         headers.remove(DATE);
         update(&mut headers, &answer.headers);
@@ -640,7 +661,7 @@ impl Engine {
             false => Some(pinned || covers_all),
         };
         let Some(tied) = tied else {
-            return Act::AskAgain;
+            return Act::AskOtherwise;
         };
         if !tied {
             // Nothing ties one slice to the next: fetch it whole.
@@ -652,7 +673,7 @@ impl Engine {
                 headers: &answer.headers,
             });
             probe.range = None;
-            return Act::AskAgain;
+            return Act::AskOtherwise;
         }
         let Some(manifest) = self.manifest(
             request,
@@ -723,6 +744,7 @@ impl Engine {
             headers: answer.headers,
             length: answer.length,
             forwarded: Forwarded::default(),
+            informational: Informational::new(),
             body: RelayBody::Origin(Box::new(answer.body)),
         });
         Outcome::Relay
@@ -789,7 +811,7 @@ impl Engine {
         write_date(&mut headers, answer.received_ms);
         headers.remove(http::header::AGE);
         Some(Manifest {
-            url: request.url.clone(),
+            url: Url::clone(&request.url),
             status,
             generation: manifest::generation(
                 &hash_key,
@@ -813,7 +835,10 @@ impl Engine {
 
 pub(super) enum Act {
     Done(Outcome),
-    AskAgain,
+    /// The plan has changed: no retry.
+    AskOtherwise,
+    /// Not an answer to what was asked.
+    TryAgain,
 }
 
 /// How an object is asked for: by a slice, until the origin says otherwise.

@@ -174,10 +174,9 @@ impl Engine {
             self.cut(fill.at(0), manifest, whole, Supply::of(body), first)
                 .await;
         } else if !accepted {
-            let before = fill.bytes().start + u64::from(flight.bytes());
-            let arriving = body.map(|body| (body, Some(before)));
-            let result = self.from_origin(fill, flight, arriving).await;
-            self.end_origin_fill(fill, flight, result).await;
+            // Nothing would say that another body is the same one.
+            let error = failed("its body has passed, and cannot be asked for again");
+            self.end_origin_fill(fill, flight, Err(error)).await;
         }
     }
 
