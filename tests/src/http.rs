@@ -4,6 +4,7 @@
 //! that ends before its framing says so is an error, never a short success.
 
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -78,6 +79,7 @@ impl Ask {
         let (head, body) = kept.answer(self).await?;
         Ok(Stream {
             status: head.status.as_u16(),
+            informational: informational(&head),
             headers: head.headers,
             body,
             _kept: kept,
@@ -146,17 +148,41 @@ impl Kept {
         let body = timeout(SILENCE, body.collect()).await??;
         Ok(Reply {
             status: head.status.as_u16(),
+            informational: informational(&head),
             headers: head.headers,
             body: body.to_bytes(),
         })
     }
 
     async fn answer(&mut self, ask: &Ask) -> Result<(Parts, Incoming)> {
-        let answer = timeout(SILENCE, self.sender.send_request(ask.request()?))
+        let mut request = ask.request()?;
+        let before = Before::default();
+        let noted = before.clone();
+        hyper::ext::on_informational(&mut request, move |response| {
+            let mut noted = noted.0.lock().expect("no panic while held");
+            noted.push((response.status().as_u16(), response.headers().clone()));
+        });
+        let answer = timeout(SILENCE, self.sender.send_request(request))
             .await
             .with_context(|| format!("{} {}: no answer", ask.method, ask.target))??;
-        Ok(answer.into_parts())
+        let (mut head, body) = answer.into_parts();
+        head.extensions.insert(before);
+        Ok((head, body))
     }
+}
+
+/// Informational responses: status and headers.
+type Informational = Vec<(u16, HeaderMap)>;
+
+/// What came before an answer.
+#[derive(Clone, Default)]
+struct Before(Arc<Mutex<Informational>>);
+
+fn informational(head: &Parts) -> Informational {
+    let before = head.extensions.get::<Before>();
+    before.map_or_else(Vec::new, |before| {
+        before.0.lock().expect("no panic while held").clone()
+    })
 }
 
 impl Drop for Kept {
@@ -170,6 +196,7 @@ impl Drop for Kept {
 pub struct Stream {
     /// Status code.
     pub status: u16,
+    informational: Informational,
     /// Headers.
     pub headers: HeaderMap,
     body: Incoming,
@@ -209,6 +236,7 @@ impl Stream {
         let headers = std::mem::take(&mut self.headers);
         Ok(Reply {
             status: self.status,
+            informational: self.informational,
             headers,
             body: body.freeze(),
         })
@@ -225,6 +253,8 @@ impl Stream {
 pub struct Reply {
     /// Status code.
     pub status: u16,
+    /// What came before it: informational responses.
+    pub informational: Informational,
     /// Headers.
     pub headers: HeaderMap,
     /// Body.

@@ -15,6 +15,7 @@
 //! `validated` (exactly one did, with a condition, and an earlier answer's
 //! bytes arrived), `refused` (none did, no bytes are checked), `later N` (sooner
 //! or later N do), `status N`, `body TEXT`, `Name: value`, `!Name`,
+//! `informed N` (that status came first), `uninformed` (none did),
 //! `sent Name: value`, `unsent Name`, `method M`. After `<`, besides fields:
 //! `body TEXT`, `ranges` (honours Range), `chunked`, `close` (no length),
 //! `hangup` (takes the request and closes), `interim N` (that status first),
@@ -323,6 +324,22 @@ fn check(
             "status" => {
                 if reply.status.to_string() != argument {
                     return fail(format!("status {}, not {argument}", reply.status));
+                }
+            }
+            "informed" => {
+                let before: Vec<String> = reply
+                    .informational
+                    .iter()
+                    .map(|(status, headers)| format!("{status} {}", headers.len()))
+                    .collect();
+                // Our origin's has one field.
+                if before != [format!("{argument} 1")] {
+                    return fail(format!("first {before:?}, not {argument}"));
+                }
+            }
+            "uninformed" => {
+                if !reply.informational.is_empty() {
+                    return fail(format!("first {:?}", reply.informational));
                 }
             }
             "body" => {

@@ -20,9 +20,12 @@ const TEXTS: &[(&str, &str)] = &[
     ("methods", include_str!("caching/methods.txt")),
     ("messages", include_str!("caching/messages.txt")),
 ];
+/// With defaults of the site's own for serving stale.
+const STALE_BY_DEFAULT: &[(&str, &str)] =
+    &[("by-default", include_str!("caching/stale_by_default.txt"))];
 
 /// Holds every conversation; all that fail are told, not the first alone.
-async fn hold_all(options: Options) {
+async fn hold_all(options: Options, texts: &[(&str, &str)]) {
     let origin = TalkOrigin::start().await;
     let cluster = options
         .set("upstream_address", format!("\"{}\"", origin.address()))
@@ -31,7 +34,7 @@ async fn hold_all(options: Options) {
     let nodes: Vec<SocketAddr> = cluster.nodes().iter().map(|node| node.address()).collect();
     let only = std::env::var("CASE").unwrap_or_default();
     let (mut held, mut failed) = (0, Vec::new());
-    for (topic, text) in TEXTS {
+    for (topic, text) in texts {
         for (number, case) in talk::parse(text).iter().enumerate() {
             if !case.name.contains(&only) {
                 continue;
@@ -56,22 +59,57 @@ async fn hold_all(options: Options) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_node_keeps_the_rules() {
-    hold_all(Options::alone()).await;
+    hold_all(Options::alone(), TEXTS).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_node_keeps_the_rules_with_tiny_slices() {
-    hold_all(Options::alone().set("test_slice_size", 3)).await;
+    hold_all(Options::alone().set("test_slice_size", 3), TEXTS).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_nodes_keep_the_rules_in_turn() {
-    hold_all(Options::cluster(3)).await;
+    hold_all(Options::cluster(3), TEXTS).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_nodes_keep_the_rules_in_turn_with_tiny_slices() {
-    hold_all(Options::cluster(3).set("test_slice_size", 3)).await;
+    hold_all(Options::cluster(3).set("test_slice_size", 3), TEXTS).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_site_may_serve_stale_by_default() {
+    let defaults = "{stale_while_revalidate: 1m, stale_if_error: 1h}";
+    for options in [Options::alone(), Options::cluster(3)] {
+        hold_all(options.set("caching", defaults), STALE_BY_DEFAULT).await;
+    }
+}
+
+/// Three nodes are one cache while it is validated, too: once one of them has
+/// answered with the new version, none goes back to the old one.
+#[tokio::test(flavor = "multi_thread")]
+async fn stale_while_revalidate_does_not_go_back() {
+    let cluster = TestCluster::start(3).await;
+    for n in 0..3 {
+        let film = cluster.origin.publish(&format!("/film{n}"), 1000);
+        film.header("Cache-Control", "max-age=10, stale-while-revalidate=3600");
+        film.header("Age", "20");
+        cluster.read_from_every_node(&film).await;
+        film.change();
+        let version = async |node: u64| {
+            let reply = cluster.node(node).get(film.path()).await;
+            film.version_of(0, &reply.body)
+        };
+        cluster
+            .node(1)
+            .until("one has the new version", async || {
+                version(1).await == Some(2)
+            })
+            .await;
+        for node in [2, 3, 1, 2, 3] {
+            assert_eq!(version(node).await, Some(2), "node {node} of film {n}");
+        }
+    }
 }
 
 /// RFC 9112 section 6.1: no chunks for who does not know them.

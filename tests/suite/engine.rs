@@ -290,15 +290,18 @@ async fn many_bodies_without_a_validator_in_a_short_time() {
     join_all((0..3).map(client)).await;
 }
 
+/// A node that keeps next to nothing.
+fn small_memory_alone() -> Options {
+    Options::alone()
+        .set("l1_cache_size_bytes", "1m")
+        .set("enable_l2_cache", false)
+}
+
 /// A body runs ahead of its reader by more than a small memory keeps: what the
 /// reader has not come to is held for it, not asked for once more.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_small_memory_alone_does_not_multiply_bodies() {
-    let cluster = Options::alone()
-        .set("l1_cache_size_bytes", "1m")
-        .set("enable_l2_cache", false)
-        .start()
-        .await;
+    let cluster = small_memory_alone().start().await;
     let node = cluster.node(1);
     for n in 0..4 {
         let film = cluster
@@ -309,4 +312,42 @@ async fn a_small_memory_alone_does_not_multiply_bodies() {
         node.read(&film).await;
         assert!(film.seen().len() <= 3, "{} bodies", film.seen().len());
     }
+}
+
+/// A reader that has fallen too far behind a body that cannot be asked for
+/// again is cut off; that costs nobody else anything, and the origin nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_left_behind_is_cut_and_nothing_else() {
+    let cluster = small_memory_alone().start().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", 96 * MIB);
+    film.validators(Validators::Nothing)
+        .always(Fault::IgnoreRange);
+    let purges = node.metric("purge_index").await;
+    let mut gate = film.hold_at(SLICE_BYTES + 1);
+    let mut behind = node.open(Ask::get("/film")).await;
+    let mut ahead = node.open(Ask::get("/film")).await;
+    gate.holds(1).await;
+    gate.open();
+    let at = take(&mut behind, &film, 0, 1).await;
+    let near_end = take(&mut ahead, &film, 0, 90 * MIB).await;
+    let mut read = at;
+    let broken = loop {
+        match behind.next().await {
+            Ok(Some(piece)) => {
+                assert_eq!(film.content().difference(read, &piece), None);
+                read += piece.len() as u64;
+            }
+            Ok(None) => break false,
+            Err(_) => break true,
+        }
+    };
+    assert!(
+        broken && read < film.length(),
+        "{read} bytes, {:#?}",
+        film.seen()
+    );
+    rest(ahead, &film, near_end).await;
+    assert_eq!(film.seen().len(), 1, "{:#?}", film.seen());
+    assert_eq!(node.metric("purge_index").await, purges, "and no purge");
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use pingora_slice_tests::cluster::{PURGE_TOKEN, Purged};
 use pingora_slice_tests::http::HOST;
+use pingora_slice_tests::relay::Link;
 use pingora_slice_tests::{Ask, Fault, Film, MIB, Options, SLICE_BYTES, TestCluster};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -204,6 +205,35 @@ async fn unchanged_content_costs_a_question_and_no_bytes() {
     }
 }
 
+/// A cache of 1 GiB, all of it purged: a question for each object, no bytes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purge_of_everything_sends_nothing_again() {
+    const OBJECTS: u64 = 64;
+    let cluster = Options::cluster(3)
+        .set("l1_cache_size_bytes", "64m")
+        .start()
+        .await;
+    let films: Vec<Film> = (0..OBJECTS)
+        .map(|n| cluster.origin.publish(&format!("/film{n}"), 16 * MIB))
+        .collect();
+    let node = |n: usize| cluster.node(n as u64 % 3 + 1);
+    for (n, film) in films.iter().enumerate() {
+        node(n).read(film).await;
+    }
+    cluster.origin.forget_log();
+    let all = [("X-Purge-All", "true")];
+    assert_eq!(node(0).purge_with("/", &all).await.status, 200);
+    for (n, film) in films.iter().enumerate() {
+        node(n + 1).read(film).await;
+        for other in [n, n + 2] {
+            let reply = node(other).ask(Ask::new("HEAD", film.path())).await;
+            assert_eq!(reply.status, 200);
+        }
+        let asked: Vec<_> = film.seen().iter().map(|s| (s.status, s.sent)).collect();
+        assert_eq!(asked, [(304, 0)], "{}", film.path());
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_answer_says_what_is_promised() {
     let cluster = TestCluster::start(3).await;
@@ -262,6 +292,49 @@ async fn strangers_purge_nothing() {
         purge(&[("X-Purge-Token", PURGE_TOKEN), ("X-Purge-Mode", "gentle")]).await,
         400
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_said_twice_is_refused_or_done_twice() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let films = ["one", "two"].map(|tag| {
+        let film = cluster.origin.publish(&format!("/{tag}"), 1000);
+        film.header("Cache-Tag", tag);
+        film
+    });
+    for film in &films {
+        node.read(film).await;
+        film.change();
+    }
+    let tags = [("X-Purge-Tag", "one"), ("X-Purge-Tag", "two")];
+    let purged = node.purge_with("/", &tags).await;
+    assert_eq!(
+        (purged.status, &purged.json["purged_count"]),
+        (200, &2.into())
+    );
+    for film in &films {
+        node.read(film).await;
+    }
+    for (name, values) in [
+        ("X-Purge-Mode", ["plain", "hard"]),
+        ("X-Purge-Pattern", ["prefix", "host"]),
+        ("X-Purge-All", ["false", "true"]),
+        ("Purge-Wait", ["quorum", "all"]),
+    ] {
+        let twice = values.map(|value| (name, value));
+        assert_eq!(node.purge_with("/", &twice).await.status, 400, "{name}");
+    }
+    for body in [
+        serde_json::json!([["http://a/"]]),
+        serde_json::json!({"urls": ["::::"]}),
+        serde_json::json!({"urls": ["ftp://a/"]}),
+    ] {
+        let (status, _) = node.admin("POST", "/v1/purge", Some(body)).await;
+        assert_eq!(status, 400);
+    }
+    let failed = "purge_requests_by_result{method=\"url\",result=\"failure\"}";
+    assert!(node.metric(failed).await >= 3.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -345,6 +418,48 @@ async fn a_node_that_was_away_comes_back_without_old_bytes() {
     missed(&cluster, &film).await;
     cluster.node_mut(3).restart().await;
     cluster.read_from_every_node(&film).await;
+}
+
+/// A node that was cut off is fenced, says so, and is back by itself soon after
+/// the links are: two renewals of half a second, and what a busy machine takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_was_cut_off_recovers_by_itself() {
+    let cluster = Options::cluster(3).relayed().start().await;
+    let film = cluster.origin.publish("/film", MIB);
+    cluster.read_from_every_node(&film).await;
+    let node = cluster.node(3);
+    // Shorter than a QUIC connection lives without a word, and longer.
+    for cut_for in [4, 13].map(Duration::from_secs) {
+        let cut = Instant::now();
+        let links = cluster.links();
+        links.set_where(Link::CUT, |from, to| from == 3 || to == 3);
+        node.until("it is fenced", async || {
+            node.metric("lease_valid").await == 0.0
+        })
+        .await;
+        let ready = Ask::get("/ready").send(node.metrics_address()).await;
+        assert_eq!(ready.unwrap().status, 503);
+        let before = node.metric("fenced_requests_total").await;
+        node.read(&film).await;
+        let reply = node.get("/film").await;
+        assert_ne!(reply.header("x-cache"), "HIT");
+        let status = reply.header("cache-status").to_owned();
+        assert!(status.ends_with("detail=fenced"), "{status}");
+        assert_eq!(node.metric("fenced_requests_total").await, before + 2.0);
+        node.until("the cut is old enough", async || cut.elapsed() > cut_for)
+            .await;
+        links.mend();
+        let mended = Instant::now();
+        node.until("it is ready", async || {
+            let ready = Ask::get("/ready").send(node.metrics_address()).await;
+            ready.is_ok_and(|reply| reply.status == 200)
+        })
+        .await;
+        let took = mended.elapsed();
+        println!("cut off for {cut_for:?}, back after {took:?}");
+        assert!(took < Duration::from_secs(10), "{took:?} after {cut_for:?}");
+        node.read(&film).await;
+    }
 }
 
 /// The owner of `/filmN`, whichever N it takes.
