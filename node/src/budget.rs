@@ -19,7 +19,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, watch};
 
 /// What a node takes whatever it does: 20 MiB of program and threads, the disk
 /// index's cache and memtables (24 MiB), 128 idle origin connections (16 MiB).
@@ -94,6 +94,8 @@ pub struct Budget {
     transfers: Arc<Semaphore>,
     /// Connections that wait; their own buffers are of the fixed part.
     waiting: Arc<Semaphore>,
+    /// How many transfers wait.
+    short: Arc<watch::Sender<usize>>,
 }
 
 impl Budget {
@@ -108,6 +110,7 @@ impl Budget {
             connections: part(sum.connections),
             transfers: part(sum.transfers),
             waiting: Arc::new(Semaphore::new(WAITING_MAX)),
+            short: Arc::default(),
         }
     }
 
@@ -128,7 +131,24 @@ impl Budget {
     /// A transfer that somebody waits for, of so many bytes and its
     /// connection's; `None` when there was no room in time.
     pub async fn transfer(&self, bytes: u64) -> Option<Permit> {
-        take(&self.transfers, bytes + TRANSFER_BYTES, self.sum.transfers).await
+        let bytes = bytes + TRANSFER_BYTES;
+        if let Ok(permit) = try_take(&self.transfers, bytes, self.sum.transfers) {
+            return Some(Permit::of(permit));
+        }
+        let _waiting = Waiting::new(&self.short);
+        take(&self.transfers, bytes, self.sum.transfers).await
+    }
+
+    /// Waits until transfers have waited for so long, without a pause.
+    pub async fn until_short_for(&self, time: Duration) {
+        let mut short = self.short.subscribe();
+        // The budget is held, so its sender is there.
+        while short.wait_for(|waiting| *waiting > 0).await.is_ok() {
+            let over = short.wait_for(|waiting| *waiting == 0);
+            if tokio::time::timeout(time, over).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Bytes that may prove useful: only while half of the transfers' part is free.
@@ -178,6 +198,22 @@ fn units(bytes: u64) -> u64 {
     bytes.div_ceil(UNIT_BYTES)
 }
 
+/// Counted among those who wait until it is dropped.
+struct Waiting<'a>(&'a watch::Sender<usize>);
+
+impl Waiting<'_> {
+    fn new(waiting: &watch::Sender<usize>) -> Waiting<'_> {
+        waiting.send_modify(|waiting| *waiting += 1);
+        Waiting(waiting)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|waiting| *waiting -= 1);
+    }
+}
+
 /// At once, or not. One larger than the whole part takes all of it.
 fn try_take(
     part: &Arc<Semaphore>,
@@ -189,9 +225,6 @@ fn try_take(
 
 /// In turn.
 async fn take(part: &Arc<Semaphore>, bytes: u64, all: u64) -> Option<Permit> {
-    if let Ok(permit) = try_take(part, bytes, all) {
-        return Some(Permit::of(permit));
-    }
     let waiting = part.clone().acquire_many_owned(clamped(bytes, all));
     let permit = tokio::time::timeout(WAIT_MAX, waiting).await;
     permit.ok()?.ok().map(Permit::of)
@@ -250,6 +283,33 @@ mod tests {
         // Larger than everything: takes everything, and does not wait for ever.
         let all = budget.transfer(u64::MAX / 2).await.unwrap();
         assert_eq!(budget.taken().1, budget.sum().transfers);
+        drop(all);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shortage_is_one_while_somebody_waits() {
+        let budget = budget(SLICE + TRANSFER_BYTES);
+        let short = tokio::spawn({
+            let budget = budget.clone();
+            async move { budget.until_short_for(Duration::from_secs(2)).await }
+        });
+        let began = tokio::time::Instant::now();
+        for _ in 0..3 {
+            let all = budget.transfer(SLICE).await.unwrap();
+            let waiting = budget.transfer(SLICE);
+            assert!(
+                tokio::time::timeout(Duration::from_secs(1), waiting)
+                    .await
+                    .is_err()
+            );
+            drop(all);
+            tokio::task::yield_now().await;
+        }
+        assert!(!short.is_finished(), "nobody waited for two seconds");
+        let all = budget.transfer(SLICE).await.unwrap();
+        assert!(budget.transfer(SLICE).await.is_none());
+        short.await.unwrap();
+        assert_eq!(began.elapsed(), Duration::from_secs(3) + WAIT_MAX);
         drop(all);
     }
 

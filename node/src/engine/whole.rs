@@ -26,8 +26,10 @@ use crate::origin::{OriginBody, Wanted};
 
 /// Slices that a body may run ahead of its foremost reader.
 const AHEAD: u32 = 8;
-/// The same while memory is short, for a body whose slices are held for readers.
+/// The same while memory is short.
 const AHEAD_WHEN_TIGHT: u32 = 1;
+/// How long memory may be waited for while slices are held that can be had again.
+const SHORT_FOR: Duration = Duration::from_secs(1);
 /// How long a body waits for a reader; then it is read on for the cache.
 const UNREAD_FOR: Duration = Duration::from_secs(5);
 /// Bytes that are read on for the cache while nobody reads: what is larger is
@@ -252,7 +254,8 @@ impl Engine {
         // Past the end of a body that ended well: no bytes, no error.
         self.end(&whole, outcome);
         self.let_go_of_stored(&whole).await;
-        whole.until_read(is_held(&fill)).await;
+        let read = whole.until_read(is_held(&fill));
+        self.shedding(&fill, &whole, read).await;
         self.inner.wholes.forget(fill.slice.generation, &whole);
         let held = std::mem::take(&mut whole.lock().held);
         for flight in held {
@@ -288,20 +291,21 @@ impl Engine {
         let slice_bytes = fill.version.slice_bytes;
         let known = fill.version.length;
         let mut stored = Stored::Kept;
+        let mut is_unread = false;
         let mut at = 0u64;
         for index in 0.. {
             if index > 0 {
-                let ahead = match self.inner.budget.is_tight() && is_held(fill) {
+                let ahead = match self.inner.budget.is_tight() {
                     true => AHEAD_WHEN_TIGHT,
                     false => AHEAD,
                 };
-                whole
-                    .until_wanted(index, slice_bytes, ahead, stored)
-                    .await?;
+                let wanted = whole.until_wanted(index, slice_bytes, ahead, stored, is_unread);
+                is_unread = !self.shedding(fill, whole, wanted).await?;
                 flight = self.take(fill, whole, index);
             }
             if let Some(flight) = &flight {
-                self.admit(flight, None).await?;
+                let admitted = self.admit(flight, None);
+                self.shedding(fill, whole, admitted).await?;
             }
             let slice = slice_range(index, known.unwrap_or(u64::MAX), slice_bytes);
             while at < slice.end {
@@ -452,15 +456,54 @@ impl Engine {
         let mut state = whole.lock();
         state.current = None;
         state.held.push_back(flight);
+        drop(state);
+        self.let_go_of_read(&fill, whole);
+    }
+
+    /// What can be had again is held where the foremost reader is, anything
+    /// else for all readers, while there is memory.
+    fn let_go_of_read(&self, fill: &Fill, whole: &Whole) {
+        let wanted = *whole.wanted.borrow();
         // The foremost reader may still be on its way to what it has opened.
         let opened = self.inner.config.max_concurrent_subrequests as u32;
-        let read = whole.wanted.borrow().saturating_sub(opened);
-        let for_one_reader = !is_held(&fill) || self.inner.budget.is_tight();
-        while state.held.len() > HELD
-            || (for_one_reader && state.held.front().is_some_and(|f| f.id.index < read))
-        {
-            if let Some(flight) = state.held.pop_front() {
-                self.inner.fills.remove(&flight);
+        let near = match (is_held(fill), self.inner.budget.is_tight()) {
+            (false, true) => wanted..=wanted.saturating_add(AHEAD),
+            (false, false) => wanted.saturating_sub(opened)..=wanted.saturating_add(AHEAD),
+            (true, true) => wanted.saturating_sub(opened)..=u32::MAX,
+            (true, false) => 0..=u32::MAX,
+        };
+        let mut state = whole.lock();
+        let too_many = state.held.len().saturating_sub(HELD);
+        let mut at = 0;
+        state.held.retain(|flight| {
+            at += 1;
+            let stays = at > too_many && near.contains(&flight.id.index);
+            if !stays {
+                self.inner.fills.remove(flight);
+            }
+            stays
+        });
+    }
+
+    /// Does what is to be done, and meanwhile lets go of what is held for
+    /// readers: of what they have passed, and, should memory stay short, of all
+    /// that can be had again. Else bodies that wait for memory would wait for
+    /// what they and others like them hold.
+    async fn shedding<T>(&self, fill: &Fill, whole: &Whole, to_do: impl Future<Output = T>) -> T {
+        let mut to_do = std::pin::pin!(to_do);
+        let mut wanted = whole.wanted.subscribe();
+        loop {
+            let holds = !whole.lock().held.is_empty();
+            tokio::select! {
+                biased;
+                done = &mut to_do => return done,
+                // The body is held, so its sender is there.
+                _ = wanted.changed(), if holds => self.let_go_of_read(fill, whole),
+                () = self.inner.budget.until_short_for(SHORT_FOR), if holds && !is_held(fill) => {
+                    for flight in std::mem::take(&mut whole.lock().held) {
+                        self.inner.fills.remove(&flight);
+                    }
+                }
             }
         }
     }
@@ -588,14 +631,17 @@ impl Whole {
         });
     }
 
-    /// Waits while slice `index` is too far ahead of every reader.
+    /// Waits while slice `index` is too far ahead of every reader; `false` when
+    /// it is, and is read on to for the cache, for which a body `is_unread`
+    /// does not wait again.
     async fn until_wanted(
         &self,
         index: u32,
         slice_bytes: u32,
         window: u32,
         stored: Stored,
-    ) -> Result<(), FillError> {
+        is_unread: bool,
+    ) -> Result<bool, FillError> {
         let read_on = match stored {
             Stored::Kept => u32::try_from(READ_ON_BYTES_MAX / u64::from(slice_bytes)),
             Stored::Passing => Ok(0),
@@ -605,12 +651,11 @@ impl Whole {
         loop {
             let foremost = *wanted.borrow_and_update();
             if index <= foremost.saturating_add(window) {
-                return Ok(());
+                return Ok(true);
             }
             let ahead = index - foremost;
             let patience = match ahead <= read_on {
-                // Waited once already, and nobody came.
-                true if ahead > window + 1 => return Ok(()),
+                true if is_unread => return Ok(false),
                 true => UNREAD_FOR,
                 false => GIVEN_UP_AFTER,
             };
@@ -619,7 +664,7 @@ impl Whole {
                 .is_err()
             {
                 return match ahead <= read_on {
-                    true => Ok(()),
+                    true => Ok(false),
                     false => Err(failed("nobody reads this body")),
                 };
             }
@@ -666,9 +711,12 @@ mod tests {
     /// many until it is given up, and after how long.
     async fn until_given_up(whole: &Whole, stored: Stored) -> (u32, Duration) {
         let began = Instant::now();
+        let mut is_unread = false;
         for index in 0.. {
-            if whole.until_wanted(index, MIB, AHEAD, stored).await.is_err() {
-                return (index, began.elapsed());
+            let wanted = whole.until_wanted(index, MIB, AHEAD, stored, is_unread);
+            match wanted.await {
+                Ok(is_wanted) => is_unread = !is_wanted,
+                Err(_) => return (index, began.elapsed()),
             }
         }
         unreachable!("there is no such body")
