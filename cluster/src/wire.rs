@@ -23,9 +23,9 @@ use crate::{Generation, ObjectKey, PurgeIndex, SliceId};
 /// Version of the frames; also in the ALPN, so that nodes that differ never connect.
 pub const WIRE_VERSION: u8 = 2;
 /// ALPN of the slice endpoint.
-pub const ALPN_SLICES: &[u8] = b"pingora-slice/1";
+pub const ALPN_SLICES: &[u8] = b"pingora-slice/2";
 /// ALPN of the control endpoint.
-pub const ALPN_CONTROL: &[u8] = b"pingora-slice-control/1";
+pub const ALPN_CONTROL: &[u8] = b"pingora-slice-control/2";
 
 /// Longest `Ask` or `Answer`, bytes: a request head of 64 KiB (Pingora's own
 /// limit), a manifest with as much again, and room to spare.

@@ -457,7 +457,8 @@ async fn a_node_that_was_cut_off_recovers_by_itself() {
         .await;
         let took = mended.elapsed();
         println!("cut off for {cut_for:?}, back after {took:?}");
-        assert!(took < Duration::from_secs(10), "{took:?} after {cut_for:?}");
+        // A second is the promise; the rest is for a busy machine.
+        assert!(took < Duration::from_secs(3), "{took:?} after {cut_for:?}");
         node.read(&film).await;
     }
 }

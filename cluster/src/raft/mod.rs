@@ -6,6 +6,7 @@
 //! | `network` | what is said on the control endpoint; Raft's calls |
 //! | `join` | how a cluster forms; how nodes come, change and leave |
 //! | `leases` | who may serve; when a purge is answered |
+//! | `prevote` | who may stand for election |
 //!
 //! Everything here runs on a runtime of its own, so that bulk data cannot
 //! delay it. What cannot be decided (no leader, no quorum) ends in bounded
@@ -15,6 +16,7 @@
 mod join;
 mod leases;
 pub(crate) mod network;
+mod prevote;
 pub(crate) mod store;
 
 use std::collections::BTreeSet;
@@ -32,6 +34,7 @@ use tokio_util::task::TaskTracker;
 
 use self::leases::Leases;
 use self::network::{Led, Network, Request, Task};
+use self::prevote::LeaderHeard;
 use self::store::{LogStore, StateMachine, TypeConfig};
 use crate::data_dir::DataDir;
 use crate::handle::{
@@ -53,7 +56,7 @@ const _: () = assert!(SNAPSHOT_PART_BYTES as usize <= CONTROL_BYTES_MAX / 2);
 
 /// Also how long one append may take, the follower's fsync included.
 const HEARTBEAT: Duration = Duration::from_millis(150);
-/// A follower that has heard nothing for so long stands for election.
+/// A follower that has heard nothing for so long may stand for election.
 const ELECTION_MIN: Duration = Duration::from_millis(500);
 /// A leader's lease in openraft's sense; how long a node may be silent.
 const ELECTION_MAX: Duration = Duration::from_millis(900);
@@ -89,6 +92,7 @@ pub(crate) struct Shared {
     raft: Raft<TypeConfig>,
     peers: Peers,
     leases: Leases,
+    leader_heard: LeaderHeard,
     /// Nodes that may send Raft's calls before the log says who is a member.
     trusted: Mutex<BTreeSet<NodeId>>,
     /// Founders of a new cluster, once all have been seen.
@@ -153,6 +157,7 @@ impl Node {
             replica,
             raft,
             peers,
+            leader_heard: LeaderHeard::default(),
             trusted: Mutex::default(),
             founders: Mutex::default(),
             failed: watch::Sender::new(None),
@@ -163,6 +168,7 @@ impl Node {
         // Nobody else sets it, and nobody was let in before.
         let _ = door.node.set(Arc::downgrade(&shared));
         shared.spawn(runtime.handle(), Shared::watch_raft);
+        shared.spawn(runtime.handle(), Shared::pre_vote);
         shared.spawn(runtime.handle(), Shared::follow_addresses);
         shared.spawn(runtime.handle(), Shared::join);
         shared.spawn(runtime.handle(), Shared::arrange_members);
@@ -227,6 +233,7 @@ async fn start_raft(
         snapshot_max_chunk_size: SNAPSHOT_PART_BYTES,
         snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
         max_in_snapshot_log_to_keep: LOG_KEPT,
+        enable_elect: false,
         ..Default::default()
     };
     let config = config.validate().map_err(|e| e.to_string())?;
@@ -642,7 +649,14 @@ impl Shared {
         }
         match request {
             Request::Hello(hello) => encode(&self.welcome(from, hello).await?),
-            Request::Append(rpc) => encode(&self.raft.append_entries(rpc).await),
+            Request::Append(rpc) => {
+                let answer = self.raft.append_entries(rpc).await;
+                if let Ok(answer) = &answer {
+                    self.leader_heard.note(answer);
+                }
+                encode(&answer)
+            }
+            Request::PreVote { last_log } => encode(&self.would_vote(last_log)),
             Request::Vote(rpc) => encode(&self.raft.vote(rpc).await),
             Request::Snapshot(rpc) => encode(&self.raft.install_snapshot(rpc).await),
             Request::Renew(renewal) => encode(&self.renew(from, renewal).await),

@@ -15,7 +15,7 @@ use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, InstallSnapshotResponse,
     VoteRequest, VoteResponse,
 };
-use openraft::{AnyError, BasicNode};
+use openraft::{AnyError, BasicNode, LogId};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::store::TypeConfig;
@@ -41,6 +41,11 @@ pub(crate) enum Request {
     Append(AppendEntriesRequest<TypeConfig>),
     /// `Result<VoteResponse, RaftError>`.
     Vote(VoteRequest<u64>),
+    /// Whether the receiver would vote for the sender now. `bool`.
+    PreVote {
+        /// Where the sender's log ends.
+        last_log: Option<LogId<u64>>,
+    },
     /// `Result<InstallSnapshotResponse, RaftError>`.
     Snapshot(InstallSnapshotRequest<TypeConfig>),
     /// "Let me go on answering from cache." `Result<Grant, Refusal>`.

@@ -1,0 +1,124 @@
+//! Pre-vote (Ongaro's thesis, section 9.6), which openraft 0.9 has not.
+//!
+//! A node that was cut off, paused or restarted has heard nothing, stands for
+//! election in ever higher terms, and so deposes a leader that everybody else
+//! hears. Here a node stands only while a majority would vote for it: while
+//! they hear no leader either, and its log is as long as theirs.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use openraft::LogId;
+use openraft::raft::AppendEntriesResponse;
+use tokio::time::Instant;
+
+use super::network::Request;
+use super::{ELECTION_MAX, ELECTION_MIN, HEARTBEAT, Shared};
+use crate::NodeId;
+
+/// How long a voter may take to say whether it would vote.
+const ANSWER: Duration = Duration::from_millis(300);
+
+/// When this node has last heard a leader that it follows.
+#[derive(Default)]
+pub(super) struct LeaderHeard(Mutex<Option<Instant>>);
+
+impl LeaderHeard {
+    /// A leader has written to this node, or tried to.
+    pub(super) fn note(&self, answer: &AppendEntriesResponse<u64>) {
+        if !matches!(answer, AppendEntriesResponse::HigherVote(_)) {
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        }
+    }
+
+    /// How long ago that was; `MAX` if never.
+    fn ago(&self) -> Duration {
+        let at = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        at.map_or(Duration::MAX, |at| at.elapsed())
+    }
+}
+
+/// Whether `willing` are a majority of the voters, in both halves of a change
+/// of membership.
+fn is_majority(voters: &[BTreeSet<u64>], willing: &BTreeSet<u64>) -> bool {
+    let mut halves = voters.iter();
+    halves.all(|half| 2 * half.intersection(willing).count() > half.len())
+}
+
+impl Shared {
+    /// Lets this node stand for election while a majority would vote for it.
+    pub(super) async fn pre_vote(self: Arc<Self>) {
+        loop {
+            let silent_for = self.leader_heard.ago();
+            let is_silent = silent_for >= ELECTION_MIN && !self.is_leader();
+            let may_stand = is_silent && self.would_win().await;
+            self.raft.runtime_config().elect(may_stand);
+            let pause = ELECTION_MIN.saturating_sub(silent_for).max(HEARTBEAT);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Whether a majority would vote for this node.
+    async fn would_win(&self) -> bool {
+        let voters = {
+            let metrics = self.raft.server_metrics();
+            let metrics = metrics.borrow();
+            let membership = metrics.membership_config.membership();
+            membership.get_joint_config().clone()
+        };
+        let last_log = self.last_log();
+        let mut answers: FuturesUnordered<_> = voters
+            .iter()
+            .flatten()
+            .filter(|id| **id != self.me.0)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .map(|id| async move {
+                let request = Request::PreVote { last_log };
+                let answer = self.peers.control(NodeId(*id), &request, ANSWER).await;
+                answer.unwrap_or(false).then_some(*id)
+            })
+            .collect();
+        let mut willing = BTreeSet::from([self.me.0]);
+        while !is_majority(&voters, &willing) {
+            match answers.next().await {
+                Some(answer) => willing.extend(answer),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// Whether this node would vote for one whose log ends at `last_log`: as
+    /// openraft, not within the lease of a leader, nor for a shorter log.
+    pub(super) fn would_vote(&self, last_log: Option<LogId<u64>>) -> bool {
+        !self.is_leader() && self.leader_heard.ago() >= ELECTION_MAX && last_log >= self.last_log()
+    }
+
+    fn is_leader(&self) -> bool {
+        self.raft.server_metrics().borrow().state.is_leader()
+    }
+
+    fn last_log(&self) -> Option<LogId<u64>> {
+        self.raft.data_metrics().borrow().last_log
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_of_membership_needs_a_majority_of_both_halves() {
+        let old = BTreeSet::from([1, 2, 3]);
+        let new = BTreeSet::from([3, 4, 5]);
+        let voters = [old.clone(), new];
+        assert!(is_majority(&[old.clone()], &BTreeSet::from([1, 3])));
+        assert!(!is_majority(&[old], &BTreeSet::from([1, 4, 5])));
+        assert!(!is_majority(&voters, &BTreeSet::from([1, 2, 3])));
+        assert!(is_majority(&voters, &BTreeSet::from([2, 3, 4])));
+    }
+}
