@@ -17,12 +17,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
 use quinn::{Connection, ConnectionError, Endpoint, RecvStream};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use tokio::time::timeout;
+use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::task::TaskTracker;
 
 use super::frames::{self, Broken, CloseCode};
@@ -32,6 +33,8 @@ use crate::NodeId;
 
 /// A peer that has not finished the handshake by then is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a handshake runs before another one is begun beside it.
+const HANDSHAKE_EVERY: Duration = Duration::from_millis(250);
 /// Addresses of one host name that are tried.
 const ADDRESSES_MAX: usize = 4;
 /// The first wait after a failure; it doubles up to [`Limits::backoff_max`].
@@ -312,14 +315,7 @@ impl Line {
         let mut reason = format!("{advertise} has no address that this node can dial");
         let patience = CONNECT_TIMEOUT / usable.len().max(1) as u32;
         for address in usable {
-            let connecting = match endpoint.connect(address, SERVER_NAME) {
-                Ok(connecting) => connecting,
-                Err(e) => {
-                    reason = format!("{address}: {e}");
-                    continue;
-                }
-            };
-            let connection = match timeout(patience, connecting).await {
+            let connection = match timeout(patience, handshake(&endpoint, address)).await {
                 Ok(Ok(connection)) => connection,
                 Ok(Err(e)) => {
                     reason = format!("{address}: {e}");
@@ -339,6 +335,24 @@ impl Line {
             }
         }
         Err(reason)
+    }
+}
+
+/// A connection to `address`. What is lost of a handshake is sent again after
+/// ever longer times: others are begun beside it, so that a peer which comes
+/// back meanwhile is reached at once.
+async fn handshake(endpoint: &Endpoint, address: SocketAddr) -> Result<Connection, String> {
+    let mut under_way = FuturesUnordered::new();
+    let mut begin = tokio::time::interval(HANDSHAKE_EVERY);
+    begin.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = begin.tick() => {
+                let connecting = endpoint.connect(address, SERVER_NAME);
+                under_way.push(connecting.map_err(|e| e.to_string())?);
+            }
+            Some(outcome) = under_way.next() => return outcome.map_err(|e| e.to_string()),
+        }
     }
 }
 
