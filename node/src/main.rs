@@ -91,6 +91,11 @@ fn start(source: Source, upgrade: bool) -> anyhow::Result<()> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
+    if !pingora_slice_cluster::IS_CHECKED {
+        tracing::error!(
+            "built without the purge checks, for measuring only: PURGED CONTENT IS SERVED"
+        );
+    }
     pingora_slice::node::run(config, upgrade)
 }
 

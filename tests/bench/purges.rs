@@ -5,6 +5,7 @@
 //! a majority, and nobody waits for the rest.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +15,7 @@ use pingora_slice_tests::http::Kept;
 use tokio::task::JoinSet;
 
 use crate::load::{Pattern, read, wrk};
+use crate::machine::{SERVER_CORE, pin};
 use crate::report::{Aim, Comparison, Report};
 use crate::rows::{Bench, Side};
 
@@ -174,16 +176,7 @@ pub async fn load(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
             .context("the first read")?;
     }
     for _ in 0..bench.settings.pairs {
-        let mut rates = [0.0; 2];
-        for (rate, side) in rates.iter_mut().zip([&many, &none]) {
-            let side = Side::ours(side);
-            let pattern = Pattern::Whole { path: "/1024" };
-            let turn = bench.settings.turn.max(Duration::from_secs(1));
-            *rate = wrk(&bench.home.path(""), side.address(), 64, turn, pattern)
-                .await?
-                .per_second;
-        }
-        pairs.push((rates[0], rates[1]));
+        pairs.push((hits(bench, &many).await?, hits(bench, &none).await?));
     }
     report.add(Comparison {
         row: "purge-load",
@@ -202,4 +195,39 @@ pub async fn load(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
         pairs: vec![(grown, 40e6)],
     });
     Ok(())
+}
+
+/// Hits of a member of a cluster against the same without the checks, in the
+/// build at `unchecked`.
+pub async fn checks(bench: &Bench<'_>, unchecked: PathBuf, report: &mut Report) -> Result<()> {
+    let start = async |options: Options| {
+        let ours = bench.served(options).start().await;
+        pin(ours.node(1).pid(), SERVER_CORE)?;
+        read(ours.node(1).address(), "/1024").await?;
+        anyhow::Ok(ours)
+    };
+    let with = start(Options::cluster(1)).await?;
+    let without = start(Options::cluster(1).program(unchecked)).await?;
+    let mut pairs = Vec::new();
+    for _ in 0..bench.settings.pairs {
+        pairs.push((hits(bench, &with).await?, hits(bench, &without).await?));
+    }
+    report.add(Comparison {
+        row: "purge-checks",
+        work: "1 KiB hits of a member of a cluster".into(),
+        against: "a build without the purge checks".into(),
+        unit: "requests/s",
+        aim: Aim::AtLeast(0.99),
+        pairs,
+    });
+    Ok(())
+}
+
+/// Hits of 1 KiB per second, by 64 connections.
+async fn hits(bench: &Bench<'_>, ours: &TestCluster) -> Result<f64> {
+    let side = Side::ours(ours);
+    let pattern = Pattern::Whole { path: "/1024" };
+    let turn = bench.settings.turn.max(Duration::from_secs(1));
+    let load = wrk(&bench.home.path(""), side.address(), 64, turn, pattern).await?;
+    Ok(load.per_second)
 }

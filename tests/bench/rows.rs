@@ -36,6 +36,7 @@ pub const NAMES: &[&str] = &[
     "purge",
     "purge-batch",
     "purge-load",
+    "purge-checks",
 ];
 
 const MIB: f64 = 1024.0 * 1024.0;
@@ -172,11 +173,17 @@ pub async fn measure(settings: &Settings, parts: &Path, report: &mut Report) -> 
         "hits with 1,000,000 live purges",
         purges::load(&bench, report)
     );
-    if settings.wants("purge-load") {
-        report.not_measured(
+    match std::env::var_os("PINGORA_SLICE_UNCHECKED") {
+        Some(unchecked) => row!(
+            "purge-checks",
             "hits with the purge checks on against off",
-            "no build without them; their cost by itself is in `make bench-micro`",
-        );
+            purges::checks(&bench, unchecked.into(), report)
+        ),
+        None if settings.wants("purge-checks") => report.not_measured(
+            "hits with the purge checks on against off",
+            "PINGORA_SLICE_UNCHECKED names no build without them: make bench-checks",
+        ),
+        None => {}
     }
     Ok(())
 }
@@ -184,18 +191,23 @@ pub async fn measure(settings: &Settings, parts: &Path, report: &mut Report) -> 
 impl Bench<'_> {
     /// One machine of ours on the server's core, before this bench's origin.
     pub async fn ours(&self, settings: &[(&str, &str)]) -> Result<TestCluster> {
-        let mut options = Options::alone()
-            .set("upstream_address", format!("\"{}\"", self.origin.address))
-            .set("threads", 1)
-            .set("slice_size", "1m")
-            .set("l1_cache_size_bytes", "4g")
-            .set("enable_l2_cache", false);
+        let mut options = self.served(Options::alone());
         for (key, value) in settings {
             options = options.set(key, value);
         }
         let cluster = options.start().await;
         pin(cluster.node(1).pid(), SERVER_CORE)?;
         Ok(cluster)
+    }
+
+    /// Served on one core from memory, out of this bench's origin.
+    pub fn served(&self, options: Options) -> Options {
+        options
+            .set("upstream_address", format!("\"{}\"", self.origin.address))
+            .set("threads", 1)
+            .set("slice_size", "1m")
+            .set("l1_cache_size_bytes", "4g")
+            .set("enable_l2_cache", false)
     }
 
     async fn figures(

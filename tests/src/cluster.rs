@@ -44,6 +44,7 @@ pub struct Options {
     alone: bool,
     relayed: bool,
     disk_bytes: Option<u64>,
+    program: Option<PathBuf>,
     yaml: BTreeMap<String, String>,
 }
 
@@ -81,6 +82,12 @@ impl Options {
     /// filled ([`Node::disk`]); where none can be mounted, it goes without.
     pub fn small_disks(mut self, bytes: u64) -> Options {
         self.disk_bytes = Some(bytes);
+        self
+    }
+
+    /// Runs another build of the daemon.
+    pub fn program(mut self, path: PathBuf) -> Options {
+        self.program = Some(path);
         self
     }
 
@@ -161,6 +168,10 @@ impl Options {
                 kept,
                 disk,
                 ports,
+                program: self
+                    .program
+                    .clone()
+                    .unwrap_or_else(|| binary("pingora-slice")),
                 yaml,
                 process: None,
             });
@@ -350,6 +361,7 @@ pub struct Node {
     kept: PathBuf,
     disk: Option<SmallDisk>,
     ports: Ports,
+    program: PathBuf,
     yaml: BTreeMap<String, String>,
     process: Option<Child>,
 }
@@ -477,7 +489,7 @@ impl Node {
             .append(true)
             .open(self.home.join("log"));
         let log: File = log.expect("temp dir");
-        let mut command = Command::new(binary("pingora-slice"));
+        let mut command = Command::new(&self.program);
         command
             .arg(config)
             .current_dir(&self.home)
