@@ -14,6 +14,7 @@
 //! | [`raft`] | how does the log reach everybody? |
 //! | [`peer`] | how do bytes cross from node to node? |
 //! | `alone` | how does a machine without a cluster keep its purges? |
+//! | [`crc32c`] | are these the bytes that came? |
 //! | `data_dir` | which machine is this? |
 //! | [`handle`] | what may the daemon call? |
 //!
@@ -36,6 +37,7 @@
 //! 5. `apply` is deterministic and cannot fail; trouble on disk stops the node.
 
 mod alone;
+pub mod crc32c;
 mod data_dir;
 pub mod handle;
 pub mod lease;

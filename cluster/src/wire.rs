@@ -18,6 +18,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::crc32c::crc32c;
 use crate::{Generation, ObjectKey, PurgeIndex, SliceId};
 
 /// Version of the frames; also in the ALPN, so that nodes that differ never connect.
@@ -223,13 +224,13 @@ pub struct Part {
 impl Part {
     /// A part of bytes that have just arrived: computes the checksum.
     pub fn new(bytes: Bytes) -> Self {
-        let crc32c = crc32c::crc32c(&bytes);
+        let crc32c = crc32c(&bytes);
         Part { bytes, crc32c }
     }
 
     /// Whether the bytes are still what they were.
     pub fn is_intact(&self) -> bool {
-        crc32c::crc32c(&self.bytes) == self.crc32c
+        crc32c(&self.bytes) == self.crc32c
     }
 
     /// The eight bytes that go before the part on the wire.

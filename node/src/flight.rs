@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::{Bytes, BytesMut};
 use pingora_slice_cluster::SliceId;
+use pingora_slice_cluster::crc32c::crc32c_combine;
 use pingora_slice_cluster::wire::Part;
 use tokio::sync::watch;
 
@@ -240,7 +241,7 @@ fn joined(first: &Part, second: &Part) -> Part {
     bytes.extend_from_slice(&second.bytes);
     Part {
         bytes: bytes.freeze(),
-        crc32c: crc32c::crc32c_combine(first.crc32c, second.crc32c, second.bytes.len()),
+        crc32c: crc32c_combine(first.crc32c, second.crc32c, second.bytes.len()),
     }
 }
 
@@ -502,6 +503,7 @@ fn copy_of(bytes: &Bytes) -> Bytes {
 #[cfg(test)]
 mod tests {
     use pingora_slice_cluster::Generation;
+    use pingora_slice_cluster::crc32c::crc32c;
 
     use super::*;
     use crate::budget::Sum;
@@ -615,7 +617,7 @@ mod tests {
                     let (flight, _) = flights.join(id(), 0..4 * PART as u32);
                     for cut in cuts.windows(2) {
                         let mut bytes = whole[cut[0]..cut[1]].to_vec();
-                        let crc32c = crc32c::crc32c(&bytes);
+                        let crc32c = crc32c(&bytes);
                         if (cut[0]..cut[1]).contains(&flipped) {
                             bytes[flipped - cut[0]] ^= 1 << bit;
                         }

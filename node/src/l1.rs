@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use pingora_slice_cluster::SliceId;
+use pingora_slice_cluster::crc32c::crc32c_append;
 use pingora_slice_cluster::wire::Part;
 use tinyufo::TinyUfo;
 
@@ -37,7 +38,7 @@ impl Slice {
         let growing = pages
             .flat_map(|page| {
                 page.chunks(STEP_BYTES).scan(0, |sum, step| {
-                    *sum = crc32c::crc32c_append(*sum, step);
+                    *sum = crc32c_append(*sum, step);
                     Some(*sum)
                 })
             })
@@ -86,7 +87,7 @@ impl Slice {
                 false => self.growing[start - 1],
             };
             let bytes = &self.bytes[start * STEP_BYTES..(end * STEP_BYTES).min(page.end)];
-            crc32c::crc32c_append(before, bytes) == self.growing[end - 1]
+            crc32c_append(before, bytes) == self.growing[end - 1]
         })
     }
 
@@ -312,7 +313,10 @@ mod tests {
         const LEN: usize = PAGE_BYTES + 2 * STEP_BYTES + 100;
         let bytes: Vec<u8> = (0..LEN).map(|n| (n * 31 % 251) as u8).collect();
         let slice = Slice::new(bytes.clone().into());
-        let sums: Vec<u32> = bytes.chunks(PAGE_BYTES).map(crc32c::crc32c).collect();
+        let sums: Vec<u32> = bytes
+            .chunks(PAGE_BYTES)
+            .map(pingora_slice_cluster::crc32c::crc32c)
+            .collect();
         assert_eq!(slice.sums().collect::<Vec<_>>(), sums);
         let edges = [0, 1, STEP_BYTES - 1, STEP_BYTES, PAGE_BYTES - 1, PAGE_BYTES];
         let edges = edges

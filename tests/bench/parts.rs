@@ -24,6 +24,7 @@ use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorType};
 use pingora_http::ResponseHeader;
 use pingora_proxy::{ProxyHttp, Session, http_proxy_service};
+use pingora_slice_cluster::crc32c::crc32c;
 use rand::Rng;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -158,7 +159,7 @@ fn write(path: &str, mib: usize) -> Result<()> {
     let mut sum = 0u32;
     for _ in 0..mib {
         for page in block.chunks(PAGE_BYTES) {
-            sum ^= crc32c::crc32c(std::hint::black_box(page));
+            sum ^= crc32c(std::hint::black_box(page));
         }
         file.write_all(&block)?;
     }

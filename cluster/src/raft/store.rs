@@ -30,6 +30,7 @@ use openraft::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::crc32c::crc32c;
 use crate::handle::StartError;
 use crate::replica::Replica;
 use crate::state::{ClusterState, Command, Outcome};
@@ -179,7 +180,7 @@ pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, AnyError> {
 pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let unfinished = path.with_extension("new");
     let mut file = File::create(&unfinished)?;
-    file.write_all(&crc32c::crc32c(bytes).to_be_bytes())?;
+    file.write_all(&crc32c(bytes).to_be_bytes())?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&unfinished, path)?;
@@ -202,7 +203,7 @@ pub(crate) fn read_file(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
         .and_then(|c| c.try_into().ok())
         .ok_or_else(damaged)?;
     bytes.drain(..4);
-    if crc32c::crc32c(&bytes) != u32::from_be_bytes(checksum) {
+    if crc32c(&bytes) != u32::from_be_bytes(checksum) {
         return Err(damaged());
     }
     Ok(Some(bytes))

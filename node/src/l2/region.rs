@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use pingora_slice_cluster::crc32c::crc32c;
 use pingora_slice_cluster::{Generation, SliceId};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -201,7 +202,7 @@ impl Regions {
         let file = File::open(self.path(place.region)).ok()?;
         let bytes = read_exact(&file, to - from, place.bytes_offset() + from as u64)?;
         let mut pages = bytes.chunks(PAGE_BYTES).zip(sums.get(first..)?);
-        if !pages.all(|(page, sum)| crc32c::crc32c(page) == *sum) {
+        if !pages.all(|(page, sum)| crc32c(page) == *sum) {
             return None;
         }
         Some(Bytes::from(bytes).slice(start as usize - from..end as usize - from))
@@ -443,7 +444,7 @@ fn encode_header(
     header.extend_from_slice(&id.index.to_be_bytes());
     header.extend_from_slice(&len.to_be_bytes());
     header.extend(sums.flat_map(u32::to_be_bytes));
-    header.extend_from_slice(&crc32c::crc32c(&header).to_be_bytes());
+    header.extend_from_slice(&crc32c(&header).to_be_bytes());
     header
 }
 
@@ -456,7 +457,7 @@ fn decode_header(bytes: &[u8]) -> Option<(u64, SliceId, u32, Arc<[u32]>)> {
     let len = u32::from_be_bytes(*len);
     let sums = rest.get(..4 * (len as usize).div_ceil(PAGE_BYTES))?;
     let (own, _) = rest[sums.len()..].split_first_chunk()?;
-    if crc32c::crc32c(&bytes[..header_bytes(len) - 4]) != u32::from_be_bytes(*own) {
+    if crc32c(&bytes[..header_bytes(len) - 4]) != u32::from_be_bytes(*own) {
         return None;
     }
     let id = SliceId {
