@@ -272,6 +272,8 @@ impl<'a> Pieces<'a> {
 fn may_be_had_again(error: &FillError, reader: &SliceReader) -> bool {
     match error {
         FillError::Changed => false,
+        // Who waited for memory in vain has waited long enough.
+        FillError::Failed { status: 503, .. } => false,
         FillError::Failed { .. } => reader.is_joined(),
         FillError::Damaged => true,
     }

@@ -28,8 +28,10 @@ use crate::origin::{OriginBody, Wanted};
 const AHEAD: u32 = 8;
 /// The same while memory is short.
 const AHEAD_WHEN_TIGHT: u32 = 1;
-/// How long memory may be waited for while slices are held that can be had again.
+/// How long memory may be waited for while slices are held that can be had
+/// again, and such that cannot but are not read.
 const SHORT_FOR: Duration = Duration::from_secs(1);
+const SHORT_AND_UNREAD_FOR: Duration = Duration::from_secs(5);
 /// How long a body waits for a reader; then it is read on for the cache.
 const UNREAD_FOR: Duration = Duration::from_secs(5);
 /// Bytes that are read on for the cache while nobody reads: what is larger is
@@ -67,6 +69,8 @@ struct State {
     /// Finished flights that stay on the list for readers to come.
     held: VecDeque<Arc<Flight>>,
     ended: bool,
+    /// Another body is on the list in its place.
+    replaced: bool,
 }
 
 /// A body, and where in it we are.
@@ -99,7 +103,7 @@ impl Engine {
             return;
         }
         // The first slice's flight is there before anybody can ask for it.
-        let first = self.take(&fill, &whole, 0);
+        let first = self.take(&fill, &whole, 0, false);
         let (engine, manifest) = (self.clone(), Some(manifest.clone()));
         self.inner.runtime.spawn(async move {
             let supply = Supply::of(Some(body));
@@ -163,7 +167,7 @@ impl Engine {
         let (whole, started) = self.inner.wholes.join(fill.slice.generation);
         let accepted = whole.hand_over(flight);
         if started {
-            let first = self.take(fill, &whole, 0);
+            let first = self.take(fill, &whole, 0, false);
             let manifest = self.manifest_of(fill).await;
             let supply = Supply::of(body);
             self.cut(fill.at(0), manifest, whole, supply, first).await;
@@ -171,7 +175,7 @@ impl Engine {
             // That body has passed the slice: another one, for all who come now.
             let whole = self.inner.wholes.begin_anew(fill.slice.generation);
             whole.hand_over(flight);
-            let first = self.take(fill, &whole, 0);
+            let first = self.take(fill, &whole, 0, false);
             let manifest = self.manifest_of(fill).await;
             self.cut(fill.at(0), manifest, whole, Supply::of(body), first)
                 .await;
@@ -184,7 +188,7 @@ impl Engine {
 
     /// The flight that slice `index` lands in; `None` while somebody else fills
     /// it, or when it is here already.
-    fn take(&self, fill: &Fill, whole: &Whole, index: u32) -> Option<Arc<Flight>> {
+    fn take(&self, fill: &Fill, whole: &Whole, index: u32, is_unread: bool) -> Option<Arc<Flight>> {
         let id = fill.at(index).slice;
         let mut state = whole.lock();
         state.next = index.saturating_add(1);
@@ -199,7 +203,8 @@ impl Engine {
             None => {
                 // Nobody waits for a slice that the body only passes: it is not
                 // worth waiting for memory, unless it cannot be had again.
-                let passed = index < *whole.wanted.borrow() && !is_held(fill);
+                let passed = is_unread || index < *whole.wanted.borrow();
+                let passed = passed && !is_held(fill);
                 let permit = match passed {
                     true => self.inner.budget.ahead(fill.version.slice_bytes.into()),
                     false => None,
@@ -295,13 +300,25 @@ impl Engine {
         let mut at = 0u64;
         for index in 0.. {
             if index > 0 {
-                let ahead = match self.inner.budget.is_tight() {
+                let is_tight = self.inner.budget.is_tight();
+                let ahead = match is_tight {
                     true => AHEAD_WHEN_TIGHT,
                     false => AHEAD,
                 };
-                let wanted = whole.until_wanted(index, slice_bytes, ahead, stored, is_unread);
-                is_unread = !self.shedding(fill, whole, wanted).await?;
-                flight = self.take(fill, whole, index);
+                // A reader who pauses would miss what cannot be had again.
+                let read_on = match stored {
+                    Stored::Kept if !(is_tight && is_held(fill)) => {
+                        READ_ON_BYTES_MAX / u64::from(slice_bytes)
+                    }
+                    Stored::Kept | Stored::Passing => 0,
+                };
+                let wanted = whole.until_wanted(index, ahead, read_on, is_unread);
+                is_unread = match self.shedding(fill, whole, wanted).await? {
+                    GoOn::ForReaders => false,
+                    GoOn::ForTheCache => true,
+                    GoOn::NoMore => return Ok(()),
+                };
+                flight = self.take(fill, whole, index, is_unread);
             }
             if let Some(flight) = &flight {
                 let admitted = self.admit(flight, None);
@@ -424,7 +441,8 @@ impl Engine {
         let status = self.manifest_of(fill).await.map_or(200, |m| m.status);
         let same = answer.status == status
             && same_version(&fill.version, &answer)
-            && answer.length == fill.version.length;
+            // What was sent without a length may have one by now: its body's end.
+            && (answer.length.is_none() || answer.length == fill.version.length);
         if same {
             Ok((answer.body, at))
         } else if matches!(answer.status, 429 | 500..) && status < 400 {
@@ -486,12 +504,16 @@ impl Engine {
     }
 
     /// Does what is to be done, and meanwhile lets go of what is held for
-    /// readers: of what they have passed, and, should memory stay short, of all
-    /// that can be had again. Else bodies that wait for memory would wait for
+    /// readers: of what they have passed, and, should memory stay short while the
+    /// foremost of them does not go on, of everything. Else bodies that wait for memory would wait for
     /// what they and others like them hold.
     async fn shedding<T>(&self, fill: &Fill, whole: &Whole, to_do: impl Future<Output = T>) -> T {
         let mut to_do = std::pin::pin!(to_do);
         let mut wanted = whole.wanted.subscribe();
+        let patience = match is_held(fill) {
+            true => SHORT_AND_UNREAD_FOR,
+            false => SHORT_FOR,
+        };
         loop {
             let holds = !whole.lock().held.is_empty();
             tokio::select! {
@@ -499,7 +521,7 @@ impl Engine {
                 done = &mut to_do => return done,
                 // The body is held, so its sender is there.
                 _ = wanted.changed(), if holds => self.let_go_of_read(fill, whole),
-                () = self.inner.budget.until_short_for(SHORT_FOR), if holds && !is_held(fill) => {
+                () = self.inner.budget.until_short_for(patience), if holds => {
                     for flight in std::mem::take(&mut whole.lock().held) {
                         self.inner.fills.remove(&flight);
                     }
@@ -542,6 +564,17 @@ impl Drop for CutGuard<'_> {
             self.engine.inner.wholes.forget(self.generation, self.whole);
         }
     }
+}
+
+/// What a body goes on with its next slice for.
+#[derive(Debug, PartialEq, Eq)]
+enum GoOn {
+    /// It is near its foremost reader.
+    ForReaders,
+    /// Nobody reads it: it is read on to be kept.
+    ForTheCache,
+    /// It does not: another body has taken its place, and nobody waits for this.
+    NoMore,
 }
 
 /// Whether a body's slices are kept.
@@ -589,7 +622,10 @@ impl Wholes {
     fn begin_anew(&self, generation: Generation) -> Arc<Whole> {
         let mut map = self.map.lock().expect("no panic while held");
         let whole = Arc::<Whole>::default();
-        map.insert(generation, whole.clone());
+        if let Some(before) = map.insert(generation, whole.clone()) {
+            before.lock().replaced = true;
+            before.wanted.send_modify(|_| ());
+        }
         whole
     }
 
@@ -631,31 +667,28 @@ impl Whole {
         });
     }
 
-    /// Waits while slice `index` is too far ahead of every reader; `false` when
-    /// it is, and is read on to for the cache, for which a body `is_unread`
-    /// does not wait again.
+    /// Waits while slice `index` is more than `window` ahead of every reader.
+    /// Where it is no more than `read_on` ahead, that is for a while, and a body
+    /// that `is_unread` has done so already.
     async fn until_wanted(
         &self,
         index: u32,
-        slice_bytes: u32,
         window: u32,
-        stored: Stored,
+        read_on: u64,
         is_unread: bool,
-    ) -> Result<bool, FillError> {
-        let read_on = match stored {
-            Stored::Kept => u32::try_from(READ_ON_BYTES_MAX / u64::from(slice_bytes)),
-            Stored::Passing => Ok(0),
-        };
-        let read_on = read_on.unwrap_or(u32::MAX);
+    ) -> Result<GoOn, FillError> {
         let mut wanted = self.wanted.subscribe();
         loop {
             let foremost = *wanted.borrow_and_update();
             if index <= foremost.saturating_add(window) {
-                return Ok(true);
+                return Ok(GoOn::ForReaders);
             }
-            let ahead = index - foremost;
-            let patience = match ahead <= read_on {
-                true if is_unread => return Ok(false),
+            if self.is_done_with() {
+                return Ok(GoOn::NoMore);
+            }
+            let is_worth_keeping = u64::from(index - foremost) <= read_on;
+            let patience = match is_worth_keeping {
+                true if is_unread => return Ok(GoOn::ForTheCache),
                 true => UNREAD_FOR,
                 false => GIVEN_UP_AFTER,
             };
@@ -663,12 +696,20 @@ impl Whole {
                 .await
                 .is_err()
             {
-                return match ahead <= read_on {
-                    true => Ok(false),
+                return match is_worth_keeping {
+                    true => Ok(GoOn::ForTheCache),
                     false => Err(failed("nobody reads this body")),
                 };
             }
         }
+    }
+
+    /// Whether another body is in its place and nobody waits for this one; then
+    /// nobody will.
+    fn is_done_with(&self) -> bool {
+        let mut state = self.lock();
+        state.ended |= state.replaced && state.waiting.is_empty();
+        state.ended
     }
 
     /// Waits until what is held has been read, or nobody reads.
@@ -705,17 +746,14 @@ mod tests {
 
     use super::*;
 
-    const MIB: u32 = 1 << 20;
-
     /// Cuts slices of a body that does not end, as if they came in no time; how
     /// many until it is given up, and after how long.
-    async fn until_given_up(whole: &Whole, stored: Stored) -> (u32, Duration) {
+    async fn until_given_up(whole: &Whole, read_on: u64) -> (u32, Duration) {
         let began = Instant::now();
         let mut is_unread = false;
         for index in 0.. {
-            let wanted = whole.until_wanted(index, MIB, AHEAD, stored, is_unread);
-            match wanted.await {
-                Ok(is_wanted) => is_unread = !is_wanted,
+            match whole.until_wanted(index, AHEAD, read_on, is_unread).await {
+                Ok(wanted) => is_unread = wanted == GoOn::ForTheCache,
                 Err(_) => return (index, began.elapsed()),
             }
         }
@@ -724,12 +762,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_endless_body_that_nobody_reads_is_given_up() {
-        let read_on = (READ_ON_BYTES_MAX / u64::from(MIB)) as u32;
-        let (slices, after) = until_given_up(&Whole::default(), Stored::Kept).await;
-        assert_eq!(slices, read_on + 1);
+        let (slices, after) = until_given_up(&Whole::default(), 256).await;
+        assert_eq!(slices, 256 + 1);
         assert_eq!(after, UNREAD_FOR + GIVEN_UP_AFTER);
         // One that is not kept is not read on either.
-        let (slices, after) = until_given_up(&Whole::default(), Stored::Passing).await;
+        let (slices, after) = until_given_up(&Whole::default(), 0).await;
         assert_eq!((slices, after), (AHEAD + 1, GIVEN_UP_AFTER));
     }
 
@@ -738,7 +775,7 @@ mod tests {
         let whole = Arc::<Whole>::default();
         let cutting = tokio::spawn({
             let whole = whole.clone();
-            async move { until_given_up(&whole, Stored::Passing).await }
+            async move { until_given_up(&whole, 0).await }
         });
         // A reader who takes a minute for each slice: slow, but there.
         for index in 1..=30 {
@@ -747,5 +784,24 @@ mod tests {
             whole.note(index);
         }
         assert_eq!(cutting.await.unwrap().0, 30 + AHEAD + 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_another_replaces_ends_when_nobody_waits_for_it() {
+        let wholes = Wholes::default();
+        let generation = Generation(1);
+        let (before, _) = wholes.join(generation);
+        let id = |index| SliceId { generation, index };
+        let flight = Flight::new(id(20), 0..1);
+        assert!(before.hand_over(&flight));
+        let after = wholes.begin_anew(generation);
+        // It still has somebody to bring that slice to, and then it has not.
+        let next = before.until_wanted(20, AHEAD, 0, false).await;
+        assert_eq!(next, Ok(GoOn::ForReaders));
+        before.lock().waiting.clear();
+        let next = before.until_wanted(21 + AHEAD, AHEAD, 256, false).await;
+        assert_eq!(next, Ok(GoOn::NoMore));
+        assert!(!before.hand_over(&Flight::new(id(40), 0..1)));
+        assert!(after.hand_over(&Flight::new(id(40), 0..1)));
     }
 }
