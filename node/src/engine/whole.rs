@@ -505,8 +505,8 @@ impl Engine {
 
     /// Does what is to be done, and meanwhile lets go of what is held for
     /// readers: of what they have passed, and, should memory stay short while the
-    /// foremost of them does not go on, of everything. Else bodies that wait for memory would wait for
-    /// what they and others like them hold.
+    /// foremost of them does not go on, of everything. Else bodies that wait for
+    /// memory would wait for what they and others like them hold.
     async fn shedding<T>(&self, fill: &Fill, whole: &Whole, to_do: impl Future<Output = T>) -> T {
         let mut to_do = std::pin::pin!(to_do);
         let mut wanted = whole.wanted.subscribe();
