@@ -226,6 +226,16 @@ async fn more_slices_than_fit_wait_for_one_another() {
     assert_eq!(node.metric("memory_refusals_total").await, 0.0);
 }
 
+/// A node where so many are under way at most, and clients may stall.
+async fn with_room_for_16_slices() -> TestCluster {
+    Options::alone()
+        .set("l1_cache_size_bytes", "1m")
+        .set("memory_budget", "109m")
+        .set("client_timeouts", "{write: 1h, min_rate: 0}")
+        .start()
+        .await
+}
+
 /// Waits until clients that take nothing have as much as fits on the way.
 async fn until_they_stall(node: &Node) {
     let mut given = (0.0, Instant::now());
@@ -243,12 +253,7 @@ async fn until_they_stall(node: &Node) {
 /// short, and they get every byte of it all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_without_a_length_goes_on_after_a_stall() {
-    let cluster = Options::alone()
-        .set("l1_cache_size_bytes", "1m")
-        .set("memory_budget", "109m")
-        .set("client_timeouts", "{write: 1h, min_rate: 0}")
-        .start()
-        .await;
+    let cluster = with_room_for_16_slices().await;
     let node = cluster.node(1);
     let film = cluster.origin.publish("/film", 64 * MIB);
     film.always(Fault::NoLength);
@@ -288,12 +293,7 @@ async fn a_body_without_a_length_goes_on_after_a_stall() {
 /// What bodies hold for clients that stall is there for those who wait.
 #[tokio::test(flavor = "multi_thread")]
 async fn bodies_that_nobody_reads_give_their_memory_to_others() {
-    let cluster = Options::alone()
-        .set("l1_cache_size_bytes", "1m")
-        .set("memory_budget", "109m")
-        .set("client_timeouts", "{write: 1h, min_rate: 0}")
-        .start()
-        .await;
+    let cluster = with_room_for_16_slices().await;
     let node = cluster.node(1);
     let mut stalled = Vec::new();
     for n in 0..3 {

@@ -420,6 +420,12 @@ async fn a_node_that_was_away_comes_back_without_old_bytes() {
     cluster.read_from_every_node(&film).await;
 }
 
+/// Raft's term, as node 1 knows it.
+async fn term(cluster: &TestCluster) -> u64 {
+    let (_, status) = cluster.node(1).admin("GET", "/v1/cluster", None).await;
+    status["term"].as_u64().expect("a term")
+}
+
 /// A node that was cut off is fenced, says so, and is back by itself soon after
 /// the links are: two renewals of half a second, and what a busy machine takes.
 #[tokio::test(flavor = "multi_thread")]
@@ -448,6 +454,7 @@ async fn a_node_that_was_cut_off_recovers_by_itself() {
         assert_eq!(node.metric("fenced_requests_total").await, before + 2.0);
         node.until("the cut is old enough", async || cut.elapsed() > cut_for)
             .await;
+        let term = term(&cluster).await;
         links.mend();
         let mended = Instant::now();
         node.until("it is ready", async || {
@@ -456,6 +463,8 @@ async fn a_node_that_was_cut_off_recovers_by_itself() {
         })
         .await;
         let took = mended.elapsed();
+        // It has deposed nobody (pre-vote).
+        assert_eq!(self::term(&cluster).await, term, "after {cut_for:?}");
         println!("cut off for {cut_for:?}, back after {took:?}");
         // A second is the promise; the rest is for a busy machine.
         assert!(took < Duration::from_secs(3), "{took:?} after {cut_for:?}");

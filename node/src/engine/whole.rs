@@ -203,8 +203,8 @@ impl Engine {
             None => {
                 // Nobody waits for a slice that the body only passes: it is not
                 // worth waiting for memory, unless it cannot be had again.
-                let passed = is_unread || index < *whole.wanted.borrow();
-                let passed = passed && !is_held(fill);
+                let unwanted = is_unread || index < *whole.wanted.borrow();
+                let passed = unwanted && !is_held(fill);
                 let permit = match passed {
                     true => self.inner.budget.ahead(fill.version.slice_bytes.into()),
                     false => None,
