@@ -1,5 +1,12 @@
-//! A client's connection around its requests: how long it may take with a
-//! request's head, and how many requests are being answered.
+//! A client's connection around its requests: who reads them, how long a head
+//! may take, and how many connections there are.
+//!
+//! ```text
+//! HTTP/2  → Pingora
+//! HTTP/1  → a head, in time ┬ plain, and a hit → Front::answer_directly ┐
+//!           ↑               └ anything else → Pingora, from its first byte
+//!           └─────────────────────────── the next ───────────────────────┘
+//! ```
 //!
 //! Pingora's own timeouts hold for one read each, so a client that sends a byte
 //! now and then would keep its connection for ever. Here one deadline holds for
@@ -8,24 +15,34 @@
 //! is closed. Not here: a body's pace (`pace`), HTTP/2 connections that are idle
 //! (Pingora).
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pingora_core::apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream};
+use pingora_core::apps::{
+    HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp,
+};
 use pingora_core::protocols::http::ServerSession;
 use pingora_core::protocols::http::v2::server::H2Options;
+use pingora_core::protocols::{ALPN, Stream};
 use pingora_core::server::ShutdownWatch;
 use pingora_core::server::configuration::ServerConf;
 use pingora_core::services::listening::Service;
 use pingora_proxy::{HttpProxy, http_proxy};
+use tokio::time::{Instant, Sleep, sleep};
+use tokio_util::sync::CancellationToken;
 
-use crate::budget::{Budget, CONNECTION_BYTES, STREAM_BYTES};
+use crate::budget::{Budget, CONNECTION_BYTES, Permit, STREAM_BYTES};
 use crate::config::ClientTimeouts;
-use crate::dated::Dated;
 use crate::front::Front;
+use crate::head::{self, Head};
 use crate::metrics::Metrics;
+use crate::stream::{ClientStream, with_dates};
+
+/// How a connection of HTTP/2 begins (RFC 9113 section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 tokio::task_local! {
     /// Whether this connection's request head is there.
@@ -38,19 +55,16 @@ pub(crate) fn head_is_there() {
     let _ = HEAD_IS_THERE.try_with(|there| there.store(true, Ordering::Relaxed));
 }
 
-/// Marks a connection that has answered a request.
-pub(crate) struct Reused;
-
-/// The proxy, and its patience with clients.
-pub struct Patient {
-    proxy: Arc<HttpProxy<Front>>,
-    options: HttpServerOptions,
+/// Clients' connections of one kind of listener.
+pub struct Clients {
+    front: Front,
+    streams: Arc<Streams>,
     timeouts: ClientTimeouts,
-    budget: Budget,
-    metrics: Arc<Metrics>,
+    /// Connections that wait for a request end when this is cancelled.
+    closing: CancellationToken,
 }
 
-impl Patient {
+impl Clients {
     /// A service for listeners of one kind: with `h2c`, HTTP/2 without TLS is
     /// spoken to clients that begin with it.
     pub fn service(
@@ -60,59 +74,191 @@ impl Patient {
         budget: Budget,
         metrics: Arc<Metrics>,
         h2c: bool,
-    ) -> Service<Dated<Patient>> {
+    ) -> Service<Clients> {
         let mut options = HttpServerOptions::default();
         options.h2c = h2c;
         options.h2_idle_timeout = Some(timeouts.idle);
         let name = if h2c { "clients, h2c" } else { "clients" };
-        let patient = Patient {
-            proxy: Arc::new(http_proxy(conf, front)),
-            options,
+        let clients = Clients {
+            front: front.clone(),
+            streams: Arc::new(Streams {
+                proxy: Arc::new(http_proxy(conf, front)),
+                options,
+                budget,
+                metrics,
+            }),
             timeouts,
-            budget,
-            metrics,
+            closing: CancellationToken::new(),
         };
-        Service::new(name.to_string(), Dated::new(patient))
+        Service::new(name.to_string(), clients)
     }
-}
 
-#[async_trait]
-impl HttpServerApp for Patient {
-    async fn process_new_http(
-        self: &Arc<Self>,
+    /// Whether HTTP/2 is spoken on this connection; `None` if it ends before
+    /// that is known.
+    async fn is_http2(&self, stream: &mut Stream) -> Option<bool> {
+        if stream.get_ssl_digest().is_some() {
+            return Some(stream.selected_alpn_proto() == Some(ALPN::H2));
+        }
+        if !self.streams.options.h2c {
+            return Some(false);
+        }
+        let mut begin = [0; PREFACE.len()];
+        let peek = tokio::time::timeout(self.timeouts.header, stream.try_peek(&mut begin));
+        peek.await.ok()?.ok()?;
+        Some(begin == PREFACE)
+    }
+
+    /// One request after the other, until the connection ends.
+    async fn answer_all(&self, stream: Stream, shutdown: &ShutdownWatch) {
+        let Some(_place) = self.streams.place(CONNECTION_BYTES).await else {
+            return;
+        };
+        let mut stream = Box::new(ClientStream::new(stream));
+        let mut closing = std::pin::pin!(self.closing.cancelled());
+        let mut patience = self.timeouts.header;
+        let mut timer = std::pin::pin!(sleep(patience));
+        let mut settings: Option<HttpPersistentSettings> = None;
+        loop {
+            if !stream.is_beyond() {
+                let next = tokio::select! {
+                    biased;
+                    next = next_head(&mut stream) => next,
+                    () = passed(timer.as_mut(), Instant::now() + patience) => return,
+                    () = &mut closing => return,
+                };
+                let Some(Head { bytes, plain }) = next else {
+                    return;
+                };
+                if let Some(head) = plain
+                    && !*shutdown.borrow()
+                {
+                    match self.front.answer_directly(&head, stream.direct()).await {
+                        Ok(true) => {
+                            stream.used(bytes);
+                            patience = self.timeouts.idle + self.timeouts.header;
+                            continue;
+                        }
+                        Ok(false) => {}
+                        Err(_) => return,
+                    }
+                }
+                stream.give(bytes);
+            }
+            let mut session = ServerSession::new_http1(stream);
+            if let Some(settings) = settings.take() {
+                settings.apply_to_session(&mut session);
+            }
+            // Off while the node stops: then it stays so.
+            session.set_keepalive((!*shutdown.borrow()).then(|| whole_secs(self.timeouts.idle)));
+            let Some(reused) = self.by_pingora(session, patience, shutdown).await else {
+                return;
+            };
+            let (back, its) = reused.consume();
+            let Ok(back) = back.into_any().downcast::<ClientStream>() else {
+                return;
+            };
+            stream = back;
+            settings = its;
+            patience = self.timeouts.idle + self.timeouts.header;
+        }
+    }
+
+    /// One request by Pingora; its head, where it is not there yet, within `patience`.
+    async fn by_pingora(
+        &self,
         mut session: ServerSession,
+        patience: Duration,
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
-        let bytes = match session.is_http2() {
-            true => STREAM_BYTES,
-            false => CONNECTION_BYTES,
-        };
-        let Some(_place) = self.budget.connection(bytes).await else {
-            self.metrics.memory_refusals_total.inc();
-            return None;
-        };
-        if session.is_http2() {
-            return self.proxy.process_new_http(session, shutdown).await;
-        }
-        let deadline = match session.take_connection_user_context() {
-            Some(context) if context.is::<Reused>() => self.timeouts.idle + self.timeouts.header,
-            _ => self.timeouts.header,
-        };
         // Requests sent without waiting are answered in their order (RFC 9112 section 9.3.2).
         session.set_pipelining_enabled(true);
-        // Off while the node stops: then it stays so.
-        if session.get_keepalive().is_some() {
-            session.set_keepalive(Some(whole_secs(self.timeouts.idle)));
-        }
         let there = Arc::new(AtomicBool::new(false));
-        let answer = self.proxy.process_new_http(session, shutdown);
+        let answer = self.streams.proxy.process_new_http(session, shutdown);
         let mut answer = std::pin::pin!(HEAD_IS_THERE.scope(there.clone(), answer));
-        match tokio::time::timeout(deadline, &mut answer).await {
+        match tokio::time::timeout(patience, &mut answer).await {
             Ok(reused) => reused,
             Err(_) if there.load(Ordering::Relaxed) => answer.await,
             // Dropping it closes the connection.
             Err(_) => None,
         }
+    }
+}
+
+/// The next head, once all of it is there; `None`: the connection is over.
+async fn next_head(stream: &mut ClientStream) -> Option<Head> {
+    loop {
+        if let Some(head) = head::read(stream.ahead()) {
+            return Some(head);
+        }
+        match stream.read_ahead().await {
+            Ok(0) | Err(_) => return None,
+            Ok(_) => {}
+        }
+    }
+}
+
+/// Waits until a time, with a timer that is set for no later one: it is not set
+/// anew for each request, but when it goes off.
+async fn passed(mut timer: Pin<&mut Sleep>, at: Instant) {
+    loop {
+        timer.as_mut().await;
+        if at <= Instant::now() {
+            return;
+        }
+        timer.as_mut().reset(at);
+    }
+}
+
+#[async_trait]
+impl ServerApp for Clients {
+    async fn process_new(
+        self: &Arc<Self>,
+        mut stream: Stream,
+        shutdown: &ShutdownWatch,
+    ) -> Option<Stream> {
+        match self.is_http2(&mut stream).await? {
+            true => self.streams.process_new(stream, shutdown).await,
+            false => {
+                with_dates(self.answer_all(stream, shutdown)).await;
+                None
+            }
+        }
+    }
+
+    async fn cleanup(&self) {
+        self.closing.cancel();
+        self.streams.proxy.http_cleanup().await;
+    }
+}
+
+/// Requests over HTTP/2.
+struct Streams {
+    proxy: Arc<HttpProxy<Front>>,
+    options: HttpServerOptions,
+    budget: Budget,
+    metrics: Arc<Metrics>,
+}
+
+impl Streams {
+    /// A share of the memory budget; `None`: there is none to be had.
+    async fn place(&self, bytes: u64) -> Option<Permit> {
+        let place = self.budget.connection(bytes).await;
+        if place.is_none() {
+            self.metrics.memory_refusals_total.inc();
+        }
+        place
+    }
+}
+
+#[async_trait]
+impl HttpServerApp for Streams {
+    async fn process_new_http(
+        self: &Arc<Self>,
+        session: ServerSession,
+        shutdown: &ShutdownWatch,
+    ) -> Option<ReusedHttpStream> {
+        let _place = self.place(STREAM_BYTES).await?;
+        self.proxy.process_new_http(session, shutdown).await
     }
 
     fn h2_options(&self) -> Option<H2Options> {
@@ -121,10 +267,6 @@ impl HttpServerApp for Patient {
 
     fn server_options(&self) -> Option<&HttpServerOptions> {
         Some(&self.options)
-    }
-
-    async fn http_cleanup(&self) {
-        self.proxy.http_cleanup().await;
     }
 }
 

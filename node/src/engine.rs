@@ -38,7 +38,7 @@ use tokio::sync::watch;
 
 use crate::budget::{Budget, Permit};
 use crate::config::Config;
-use crate::flight::{Flights, SliceReader};
+use crate::flight::{Flights, SliceReader, Source};
 use crate::freshness::{self, Demands, Policy, Use, unix_ms};
 use crate::l1::{Kept, L1};
 use crate::l2::L2;
@@ -162,6 +162,19 @@ pub struct Found {
     pub forwarded: Forwarded,
     /// What the origin said before its answer to this request.
     pub informational: Informational,
+}
+
+impl Found {
+    /// What this node held.
+    fn stored(object: Arc<Stored>, resolution: Resolution) -> Found {
+        Found {
+            object,
+            resolution,
+            collapsed: false,
+            forwarded: Forwarded::default(),
+            informational: Informational::new(),
+        }
+    }
 }
 
 /// Why a request was not answered from what this node holds, as RFC 9211
@@ -334,6 +347,60 @@ impl Engine {
         resolved
     }
 
+    /// What is in memory and may be answered with, nobody asked.
+    pub fn hit(&self, request: &Request) -> Option<Found> {
+        let object = match self.inner.l1.record(request.key.0)? {
+            Kept::Manifest(object) => object,
+            Kept::Varies(varies) => {
+                let variant = manifest::variant_of(&varies.1, &request.origin.headers);
+                let at = manifest::variant_key(&self.hash_key()?, request.key, &variant);
+                match self.inner.l1.record(at)? {
+                    Kept::Manifest(object) if object.manifest.variant == variant => object,
+                    _ => return None,
+                }
+            }
+        };
+        // As in `resolve_for`: the lease is read before the floors.
+        (object.manifest.url == *request.url
+            && self.inner.cluster.may_serve()
+            && self.judge(&object, request, None) == Verdict::Use(Use::Fresh))
+        .then(|| Found::stored(object, Resolution::Hit))
+    }
+
+    /// The wanted bytes of a slice, and where they lay, if that is in memory, or
+    /// on disk and not worth a place in memory. Nobody is asked.
+    pub async fn at_hand(&self, object: &Stored, touched: &Touched) -> Option<(Bytes, Source)> {
+        let id = SliceId {
+            generation: object.manifest.generation,
+            index: touched.index,
+        };
+        self.inner.wholes.note(&id);
+        if let Some(slice) = self.inner.l1.slice(&id) {
+            let wanted = touched.start as usize..touched.end as usize;
+            return (wanted.end <= slice.len() && slice.is_intact_in(wanted.clone()))
+                .then(|| (slice.bytes().slice(wanted), Source::L1));
+        }
+        let wanted = touched.end - touched.start;
+        let slice_bytes = object.manifest.version.slice_bytes;
+        if is_worth_reading_whole(wanted, slice_bytes, rand::random()) {
+            return None;
+        }
+        let l2 = self.inner.l2.as_ref()?;
+        let read = l2.slice_range(id, touched.start, touched.end).await?;
+        (read.bytes.len() as u32 == wanted).then_some((read.bytes, Source::L2))
+    }
+
+    /// Whether the slice that holds this byte is in memory.
+    pub(crate) fn holds(&self, object: &Stored, byte: u64) -> bool {
+        let manifest = &object.manifest;
+        let index = byte / u64::from(manifest.version.slice_bytes);
+        let id = |index| SliceId {
+            generation: manifest.generation,
+            index,
+        };
+        u32::try_from(index).is_ok_and(|index| self.inner.l1.slice(&id(index)).is_some())
+    }
+
     async fn resolve_for(
         &self,
         request: &Request,
@@ -351,15 +418,8 @@ impl Engine {
             Held { object, verdict }
         });
         if let (Some(held), true) = (&held, leased) {
-            let found = |resolution| {
-                Resolved::Object(Found {
-                    object: held.object.clone(),
-                    resolution,
-                    collapsed: false,
-                    forwarded: Forwarded::default(),
-                    informational: Informational::new(),
-                })
-            };
+            let found =
+                |resolution| Resolved::Object(Found::stored(held.object.clone(), resolution));
             match held.verdict {
                 Verdict::Use(Use::Fresh) => return found(Resolution::Hit),
                 Verdict::Use(Use::Stale) => return found(Resolution::Stale),
@@ -1071,6 +1131,14 @@ impl Engine {
             tracing::debug!(%error, "a changed version was not announced");
         }
     }
+}
+
+/// Whether a slice on disk is read whole, and kept in memory, where some of its
+/// bytes are wanted: as often as that, over many requests, doubles what is read
+/// from disk. So what is wanted again and again comes into memory, and what is
+/// wanted at random costs its own bytes. `chance` is of 0 to 1.
+fn is_worth_reading_whole(wanted: u32, slice_bytes: u32, chance: f64) -> bool {
+    chance * f64::from(slice_bytes) < f64::from(wanted)
 }
 
 /// Whether a manifest of which only a part is held can answer a request.

@@ -404,6 +404,17 @@ impl Drop for PanicGuard {
     }
 }
 
+/// How a reader wants the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// As copies of at most a page, which may be held on to.
+    Copies,
+    /// At most a page at a time.
+    Pages,
+    /// As much at a time as is there.
+    Large,
+}
+
 /// One slice being read by one response.
 pub enum SliceReader {
     /// It was in memory.
@@ -430,14 +441,19 @@ pub enum SliceReader {
 }
 
 impl SliceReader {
-    /// The next bytes, at most a page, or `None` at the end. What they hold
-    /// beyond themselves is covered by [`SliceReader::pin`]; nothing if they
-    /// are to be copied.
-    pub async fn next(&mut self, copied: bool) -> Option<Result<Bytes, FillError>> {
+    /// The next bytes, or `None` at the end: at most a page, or all that is
+    /// pinned. What they hold beyond themselves is covered by
+    /// [`SliceReader::pin`]; nothing if they are to be copied.
+    pub async fn next(&mut self, form: Form) -> Option<Result<Bytes, FillError>> {
+        let copied = form == Form::Copies;
         match self {
             SliceReader::Stored { bytes, .. } if bytes.is_empty() => None,
-            SliceReader::Stored { bytes, .. } => {
-                let piece = bytes.split_to(bytes.len().min(PAGE_BYTES));
+            SliceReader::Stored { bytes, pin, .. } => {
+                let most = match pin {
+                    Some(_) if form == Form::Large => bytes.len(),
+                    _ => bytes.len().min(PAGE_BYTES),
+                };
+                let piece = bytes.split_to(most);
                 Some(Ok(if copied { copy_of(&piece) } else { piece }))
             }
             SliceReader::Flight {
@@ -627,7 +643,7 @@ mod tests {
                     let mut reader = reader(&flights, wanted.clone(), unlimited());
                     let mut at = wanted.start as usize;
                     let end = loop {
-                        match reader.next(false).await {
+                        match reader.next(Form::Pages).await {
                             Some(Ok(bytes)) => {
                                 assert_eq!(bytes, whole[at..at + bytes.len()]);
                                 at += bytes.len();
@@ -710,7 +726,7 @@ mod tests {
 
         let budget = unlimited();
         let mut rich = reader(&flights, all.clone(), budget.clone());
-        let piece = rich.next(false).await.unwrap().unwrap();
+        let piece = rich.next(Form::Pages).await.unwrap().unwrap();
         assert!(is_view(&piece) && rich.pin().is_some());
         assert!(budget.taken().1 >= bytes.len() as u64);
         let pin = rich.pin();
@@ -726,11 +742,11 @@ mod tests {
             transfers: 1,
             ..*budget.sum()
         });
-        for (mut reader, copied) in [
-            (reader(&flights, all.clone(), spent), false),
-            (reader(&flights, all, budget), true),
+        for (mut reader, form) in [
+            (reader(&flights, all.clone(), spent), Form::Pages),
+            (reader(&flights, all, budget), Form::Copies),
         ] {
-            let piece = reader.next(copied).await.unwrap().unwrap();
+            let piece = reader.next(form).await.unwrap().unwrap();
             assert!(!is_view(&piece) && reader.pin().is_none());
             assert_eq!(piece, bytes[..PAGE_BYTES]);
         }

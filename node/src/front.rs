@@ -5,7 +5,10 @@
 //! may not be shared, is proxied by Pingora untouched. Counting happens here,
 //! once per response.
 
+mod direct;
+
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime};
@@ -27,9 +30,8 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::budget::Permit;
 use crate::connection;
-use crate::dated;
 use crate::engine::{Engine, Forwarded, Found, Relay, Request, Resolved, Sent};
-use crate::flight::FillError;
+use crate::flight::{FillError, Form};
 use crate::freshness::{Demands, unix_ms};
 use crate::manifest::{Manifest, Url};
 use crate::metrics::Metrics;
@@ -38,6 +40,7 @@ use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces};
 use crate::plan::{self, Plan};
 use crate::purge::{Naming, Purger};
+use crate::stream;
 
 /// Our name in `Via` and `Cache-Status`.
 const NAME: &str = "pingora-slice";
@@ -348,8 +351,11 @@ impl Front {
         self.metrics.sliced_requests_total.inc();
         let ahead = self.engine.config().max_concurrent_subrequests;
         // HTTP/2 keeps pieces in its own buffer after it has taken them.
-        let copied = session.as_downstream().is_http2();
-        let mut stream = Pieces::new(&self.engine, request, found, pieces, ahead, copied);
+        let form = match session.as_downstream().is_http2() {
+            true => Form::Copies,
+            false => Form::Pages,
+        };
+        let mut stream = Pieces::new(&self.engine, request, found, pieces, ahead, form);
         let mut pace = Pace::new(self.engine.config().client_timeouts);
         // A part's heading is no byte of the object yet.
         let heading = stream.text();
@@ -410,31 +416,22 @@ impl Front {
         session: &mut Session,
         pace: &mut Pace,
         bytes: Bytes,
-        mut stalled: impl FnMut(),
+        stalled: impl FnMut(),
     ) -> Result<()> {
         let length = bytes.len() as u64;
         self.metrics.bytes_to_client_total.inc_by(length);
-        let patience = pace.patience(length);
-        let started = Instant::now();
         let mut writing = std::pin::pin!(session.write_response_body(Some(bytes), false));
         // Most clients take it at once: no timer for them.
         if let Poll::Ready(written) = futures::poll!(writing.as_mut()) {
-            pace.took(length, started.elapsed());
+            pace.took(length, Duration::ZERO);
             return written;
         }
-        loop {
-            let left = patience.saturating_sub(started.elapsed());
-            match tokio::time::timeout(left.min(STALLED_AFTER), &mut writing).await {
-                Ok(written) => {
-                    pace.took(length, started.elapsed());
-                    return written;
-                }
-                Err(_) if started.elapsed() < patience => stalled(),
-                Err(_) => {
-                    self.metrics.clients_too_slow_total.inc();
-                    return Error::e_explain(ErrorType::WriteTimedout, "client too slow")
-                        .map_err(|e| e.into_down());
-                }
+        match patiently(pace, length, writing, stalled).await {
+            Some(written) => written,
+            None => {
+                self.metrics.clients_too_slow_total.inc();
+                Error::e_explain(ErrorType::WriteTimedout, "client too slow")
+                    .map_err(|e| e.into_down())
             }
         }
     }
@@ -699,6 +696,29 @@ impl Front {
     }
 }
 
+/// Waits while a client takes so many bytes, as slowly as it may; `stalled` is
+/// called again and again while it takes none. `None`: it is too slow.
+async fn patiently<T>(
+    pace: &mut Pace,
+    length: u64,
+    mut taking: Pin<&mut impl Future<Output = T>>,
+    mut stalled: impl FnMut(),
+) -> Option<T> {
+    let patience = pace.patience(length);
+    let started = Instant::now();
+    loop {
+        let left = patience.saturating_sub(started.elapsed());
+        match tokio::time::timeout(left.min(STALLED_AFTER), taking.as_mut()).await {
+            Ok(taken) => {
+                pace.took(length, started.elapsed());
+                return Some(taken);
+            }
+            Err(_) if started.elapsed() < patience => stalled(),
+            Err(_) => return None,
+        }
+    }
+}
+
 /// Whether the answer's head is out.
 fn has_begun(session: &Session) -> bool {
     let written = session.response_written();
@@ -836,7 +856,7 @@ fn cache_status(found: &Found, now_ms: u64, fenced: bool, show_key: bool) -> Str
 /// The Date of an answer stays as the origin gave it (RFC 9110 section 6.6.1).
 fn keep_date(head: &ResponseHeader) {
     let date = head.headers.get(header::DATE);
-    dated::next_head_is_of(date.map(http::HeaderValue::as_bytes));
+    stream::next_head_is_of(date.map(http::HeaderValue::as_bytes));
 }
 
 fn x_cache(resolution: Resolution) -> &'static str {
@@ -914,14 +934,6 @@ impl ProxyHttp for Front {
             _passing: None,
             _under_way: self.under_way.token(),
         }
-    }
-
-    fn persist_connection_context(
-        &self,
-        _session: &Session,
-        _ctx: &Context,
-    ) -> Option<Box<dyn std::any::Any + Send + Sync>> {
-        Some(Box::new(connection::Reused))
     }
 
     async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Context) -> Result<()> {

@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admin::Admin;
 use crate::config::Config;
-use crate::connection::Patient;
+use crate::connection::Clients;
 use crate::engine::Engine;
 use crate::front::Front;
 use crate::l2::{L2, L2_BYTES_MIN};
@@ -137,7 +137,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
     let budget = engine.budget().clone();
     let front = Front::new(engine, purger, naming, metrics.clone(), under_way.clone());
     let service = |h2c| {
-        Patient::service(
+        Clients::service(
             &server.configuration,
             front.clone(),
             config.client_timeouts,

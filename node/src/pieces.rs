@@ -15,7 +15,7 @@ use pingora_slice_cluster::slice::{Touched, touched};
 
 use crate::budget::Permit;
 use crate::engine::{Engine, Found, Request};
-use crate::flight::{FillError, SliceReader, Source};
+use crate::flight::{FillError, Form, SliceReader, Source};
 use crate::metrics::Metrics;
 
 /// Flights that may fail a reader before its own does, or be found damaged: a
@@ -39,8 +39,7 @@ pub(crate) struct Pieces<'a> {
     to_open: VecDeque<Next>,
     opened: VecDeque<Opened>,
     ahead: usize,
-    /// What is given is a copy: it may be held on after the client took it.
-    copied: bool,
+    form: Form,
     /// For what the piece in the client's hands holds beyond itself.
     in_hand: Option<Permit>,
     /// Time spent waiting for slices.
@@ -71,7 +70,7 @@ impl<'a> Pieces<'a> {
         found: &'a Found,
         pieces: Vec<Piece>,
         ahead: usize,
-        copied: bool,
+        form: Form,
     ) -> Pieces<'a> {
         let to_open = pieces
             .into_iter()
@@ -87,7 +86,7 @@ impl<'a> Pieces<'a> {
             to_open,
             opened: VecDeque::new(),
             ahead: ahead.max(1),
-            copied,
+            form,
             in_hand: None,
             waited: Duration::ZERO,
         }
@@ -203,7 +202,7 @@ impl<'a> Pieces<'a> {
                     failed,
                 } => {
                     let asked = Instant::now();
-                    let next = reader.next(self.copied).await;
+                    let next = reader.next(self.form).await;
                     self.waited += asked.elapsed();
                     match next {
                         Some(Ok(piece)) => {
@@ -279,7 +278,8 @@ fn may_be_had_again(error: &FillError, reader: &SliceReader) -> bool {
     }
 }
 
-fn count_slice(metrics: &Metrics, source: Source, bytes: u64) {
+/// Counts a slice that was read, as far as it was.
+pub(crate) fn count_slice(metrics: &Metrics, source: Source, bytes: u64) {
     metrics
         .slices_total
         .with_label_values(&[source.as_str()])

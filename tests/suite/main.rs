@@ -9,6 +9,7 @@ mod client_forms;
 mod clients;
 mod coalesce;
 mod config;
+mod connection;
 mod docs;
 mod economy;
 mod engine;

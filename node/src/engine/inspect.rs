@@ -11,6 +11,7 @@ use pingora_slice_cluster::{PurgeIndex, SliceId};
 
 use super::{Engine, Request, Resolved, Verdict};
 use crate::admin::Inspect;
+use crate::flight::Form;
 use crate::freshness::{Demands, Use, unix_ms};
 use crate::manifest::{Stored, Url};
 use crate::metrics::Gauges;
@@ -255,7 +256,7 @@ impl Engine {
             let mut rest = part;
             loop {
                 let mut reader = self.open(&request, &found.object, rest, None);
-                while let Some(next) = reader.next(false).await {
+                while let Some(next) = reader.next(Form::Pages).await {
                     match next {
                         Ok(read) => {
                             bytes += read.len() as u64;

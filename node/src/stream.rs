@@ -1,4 +1,5 @@
-//! The Date of a stored answer, on its way to an HTTP/1 client.
+//! A client's HTTP/1 connection, as Pingora sees it: it gets first what was read
+//! before it (`connection`), and what it writes keeps its Date.
 //!
 //! A cache hands on the Date that the origin gave (RFC 9110 section 6.6.1), but
 //! Pingora 0.9.1 writes the present time over it as it puts the head on the
@@ -9,24 +10,23 @@
 
 use std::cell::Cell;
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use async_trait::async_trait;
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use memchr::memmem;
-use pingora_core::apps::ServerApp;
 use pingora_core::protocols::tls::SslDigest;
 use pingora_core::protocols::{
     ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl,
     Stream, TimingDigest, UniqueID, UniqueIDType,
 };
-use pingora_core::server::ShutdownWatch;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Length of an IMF-fixdate (RFC 9110 section 5.6.7).
-const DATE_BYTES: usize = 29;
+pub(crate) const DATE_BYTES: usize = 29;
 /// How a date's line begins in a head that Pingora wrote.
 const DATE_NAME: &[u8] = b"Date: ";
 
@@ -43,43 +43,86 @@ pub(crate) fn next_head_is_of(date: Option<&[u8]>) {
     let _ = NEXT_DATE.try_with(|next| next.set(date));
 }
 
-/// An application whose HTTP/1 answers keep their dates.
-pub struct Dated<A>(Arc<A>);
-
-impl<A> Dated<A> {
-    /// Around `app`.
-    pub fn new(app: A) -> Dated<A> {
-        Dated(Arc::new(app))
-    }
+/// Runs what answers on one connection, whose heads may have dates of their own.
+pub(crate) async fn with_dates<T>(answering: impl Future<Output = T>) -> T {
+    NEXT_DATE.scope(Cell::new(None), answering).await
 }
 
-#[async_trait]
-impl<A: ServerApp + Send + Sync + 'static> ServerApp for Dated<A> {
-    async fn process_new(
-        self: &Arc<Self>,
-        stream: Stream,
-        shutdown: &ShutdownWatch,
-    ) -> Option<Stream> {
-        let stream = Box::new(DatedStream {
-            stream,
-            head: Bytes::new(),
-        });
-        let answering = self.0.process_new(stream, shutdown);
-        NEXT_DATE.scope(Cell::new(None), answering).await
-    }
+/// Bytes that one read takes at most.
+const READ_BYTES: usize = 8 * 1024;
+/// Room that a connection keeps while it waits.
+const IDLE_BYTES: usize = 1024;
 
-    async fn cleanup(&self) {
-        self.0.cleanup().await;
-    }
-}
-
-/// A client's connection.
+/// See the module's text.
 #[derive(Debug)]
-struct DatedStream {
+pub(crate) struct ClientStream {
     stream: Stream,
     /// What is still to be written of a head with its date put back; the
     /// caller's own bytes are as many.
     head: Bytes,
+    /// Read, but not by Pingora yet.
+    ahead: BytesMut,
+    /// How much of it belongs to the request that Pingora is to answer.
+    given: usize,
+    /// Pingora has read further than that.
+    is_beyond: bool,
+}
+
+impl ClientStream {
+    pub(crate) fn new(stream: Stream) -> ClientStream {
+        ClientStream {
+            stream,
+            head: Bytes::new(),
+            ahead: BytesMut::new(),
+            given: 0,
+            is_beyond: false,
+        }
+    }
+
+    /// What has been read and not been used.
+    pub(crate) fn ahead(&self) -> &[u8] {
+        &self.ahead
+    }
+
+    /// Reads more; 0 at the end.
+    pub(crate) async fn read_ahead(&mut self) -> io::Result<usize> {
+        std::future::poll_fn(|cx| {
+            // On the stack: a connection that waits takes no memory for what may come.
+            let mut bytes = [MaybeUninit::uninit(); READ_BYTES];
+            let mut bytes = ReadBuf::uninit(&mut bytes);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut bytes))?;
+            self.ahead.extend_from_slice(bytes.filled());
+            Poll::Ready(Ok(bytes.filled().len()))
+        })
+        .await
+    }
+
+    /// The next so many bytes have been used.
+    pub(crate) fn used(&mut self, bytes: usize) {
+        if bytes < self.ahead.len() {
+            self.ahead.advance(bytes);
+        } else if self.ahead.capacity() > IDLE_BYTES {
+            self.ahead = BytesMut::new();
+        } else {
+            self.ahead.clear();
+        }
+    }
+
+    /// The next so many bytes are a request for Pingora.
+    pub(crate) fn give(&mut self, bytes: usize) {
+        self.given = bytes;
+    }
+
+    /// Whether Pingora has read more than it was given: what came after it is
+    /// in its hands.
+    pub(crate) fn is_beyond(&self) -> bool {
+        self.is_beyond
+    }
+
+    /// The connection itself, for heads that are written as they should be.
+    pub(crate) fn direct(&mut self) -> &mut Stream {
+        &mut self.stream
+    }
 }
 
 /// The head with the date put back; `None` where these bytes are no such head.
@@ -109,7 +152,7 @@ fn with_date(bytes: &[u8], date: &[u8; DATE_BYTES]) -> Option<Bytes> {
     None
 }
 
-impl AsyncWrite for DatedStream {
+impl AsyncWrite for ClientStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -164,30 +207,46 @@ impl AsyncWrite for DatedStream {
     }
 }
 
-impl AsyncRead for DatedStream {
+impl AsyncRead for ClientStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        let this = &mut *self;
+        if this.ahead.is_empty() {
+            let before = buffer.filled().len();
+            ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
+            this.is_beyond |= buffer.filled().len() > before;
+            return Poll::Ready(Ok(()));
+        }
+        this.is_beyond |= this.given == 0;
+        let most = match this.given {
+            0 => this.ahead.len(),
+            given => given.min(this.ahead.len()),
+        };
+        let bytes = most.min(buffer.remaining());
+        buffer.put_slice(&this.ahead[..bytes]);
+        this.used(bytes);
+        this.given = this.given.saturating_sub(bytes);
+        Poll::Ready(Ok(()))
     }
 }
 
 #[async_trait]
-impl Shutdown for DatedStream {
+impl Shutdown for ClientStream {
     async fn shutdown(&mut self) {
         self.stream.shutdown().await;
     }
 }
 
-impl UniqueID for DatedStream {
+impl UniqueID for ClientStream {
     fn id(&self) -> UniqueIDType {
         self.stream.id()
     }
 }
 
-impl Ssl for DatedStream {
+impl Ssl for ClientStream {
     fn get_ssl_digest(&self) -> Option<Arc<SslDigest>> {
         self.stream.get_ssl_digest()
     }
@@ -197,7 +256,7 @@ impl Ssl for DatedStream {
     }
 }
 
-impl GetTimingDigest for DatedStream {
+impl GetTimingDigest for ClientStream {
     fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
         self.stream.get_timing_digest()
     }
@@ -211,20 +270,20 @@ impl GetTimingDigest for DatedStream {
     }
 }
 
-impl GetProxyDigest for DatedStream {
+impl GetProxyDigest for ClientStream {
     fn get_proxy_digest(&self) -> Option<Arc<pingora_core::protocols::raw_connect::ProxyDigest>> {
         self.stream.get_proxy_digest()
     }
 }
 
-impl GetSocketDigest for DatedStream {
+impl GetSocketDigest for ClientStream {
     fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
         self.stream.get_socket_digest()
     }
 }
 
 #[async_trait]
-impl Peek for DatedStream {
+impl Peek for ClientStream {
     async fn try_peek(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
         self.stream.try_peek(buffer).await
     }

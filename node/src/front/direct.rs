@@ -1,0 +1,260 @@
+//! The short way of a hit: a plain request over HTTP/1.1, answered from memory or
+//! disk straight on the client's connection.
+//!
+//! ```text
+//! up to 64 KiB   every part at hand → head and parts in one write
+//! more           the first slice in memory → Pieces, the head with the first of them
+//! ```
+//!
+//! The decisions are those of the long way, made by the same functions: what is
+//! asked for, whether the object may be used, what is answered. Where more is
+//! needed nothing is written, and the long way begins anew. Not here: which
+//! requests are plain (`head`), where bytes come from (`engine`, `pieces`).
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http::Method;
+use http::header::DATE;
+use pingora_core::protocols::Stream;
+use pingora_http::{RequestHeader, ResponseHeader};
+use pingora_slice_cluster::slice::touched;
+use tokio::io::AsyncWriteExt;
+
+use super::{Front, patiently, until_total, x_cache};
+use crate::engine::{Found, Request};
+use crate::flight::Form;
+use crate::l1::PAGE_BYTES;
+use crate::pace::Pace;
+use crate::pieces::{Piece, Pieces, count_slice};
+use crate::plan;
+use crate::stream::DATE_BYTES;
+
+/// A body of so many bytes is taken from where it lies; while the client takes
+/// nothing it is a copy, of the connection's own share.
+const SMALL_BYTES: u64 = PAGE_BYTES as u64;
+/// Room for a usual head.
+const HEAD_BYTES: usize = 1024;
+
+impl Front {
+    /// Answers a plain request if it is a hit; `false`: nothing was written.
+    ///
+    /// # Errors
+    /// The connection is of no use any more.
+    pub(crate) async fn answer_directly(
+        &self,
+        head: &RequestHeader,
+        stream: &mut Stream,
+    ) -> io::Result<bool> {
+        let started = Instant::now();
+        let fields = Arc::new(head.headers.clone());
+        let Ok(Ok(request)) = self.request(head, &fields) else {
+            return Ok(false);
+        };
+        let Some(found) = self.engine.hit(&request) else {
+            return Ok(false);
+        };
+        if found.object.manifest.length().is_none() {
+            // Chunks are Pingora's to write.
+            return Ok(false);
+        }
+        let Some(answering) = self.engine.answering(&found.object) else {
+            return Ok(false);
+        };
+        let is_get = head.method == Method::GET;
+        let plan = plan::plan(is_get, &fields, &found.object.manifest);
+        let Ok((head, pieces)) = self.head(&found, plan, false) else {
+            return Ok(false);
+        };
+        let body = match pieces.as_slice() {
+            [Piece::Bytes(range)] if is_get => range.clone(),
+            [Piece::Bytes(_)] | [] => 0..0,
+            _ => return Ok(false),
+        };
+        let Some(head) = on_the_wire(&head) else {
+            return Ok(false);
+        };
+        let begin = || {
+            self.metrics.requests_total.inc();
+            if body.start < body.end {
+                self.metrics.sliced_requests_total.inc();
+            }
+            self.metrics
+                .time_to_first_byte_seconds
+                .observe(started.elapsed().as_secs_f64());
+            self.metrics
+                .responses_total
+                .with_label_values(&[x_cache(found.resolution)])
+                .inc();
+        };
+        let _under_way = self.under_way.token();
+        let answered = async {
+            match body.end - body.start <= SMALL_BYTES {
+                true => self.give_small(stream, head, &found, &body, begin).await,
+                false => {
+                    self.give_large(stream, head, &request, &found, &body, begin)
+                        .await
+                }
+            }
+        };
+        let total = self.engine.config().client_timeouts.total;
+        let total = total.map(|total| tokio::time::Instant::now() + total);
+        let answered = tokio::select! {
+            biased;
+            answered = answered => answered?,
+            () = answering.purged() => {
+                tracing::info!(url = %request.url, "answer cut by a hard purge");
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+            () = until_total(total) => return Err(self.too_slow()),
+        };
+        if answered {
+            self.metrics
+                .request_duration_seconds
+                .observe(started.elapsed().as_secs_f64());
+        }
+        Ok(answered)
+    }
+
+    /// Gives a small body, if all of it is at hand.
+    async fn give_small(
+        &self,
+        stream: &mut Stream,
+        head: Bytes,
+        found: &Found,
+        body: &Range<u64>,
+        begin: impl FnOnce(),
+    ) -> io::Result<bool> {
+        let slice_bytes = found.object.manifest.version.slice_bytes;
+        let mut slices = touched(body.clone(), slice_bytes);
+        let mut parts = [Bytes::new(), Bytes::new()];
+        for part in &mut parts {
+            let Some(touched) = slices.next() else { break };
+            let Some((bytes, source)) = self.engine.at_hand(&found.object, &touched).await else {
+                return Ok(false);
+            };
+            count_slice(&self.metrics, source, bytes.len() as u64);
+            *part = bytes;
+        }
+        if slices.next().is_some() {
+            return Ok(false);
+        }
+        begin();
+        let [first, second] = parts;
+        self.metrics
+            .bytes_to_client_total
+            .inc_by(body.end - body.start);
+        let mut answer = head.chain(first).chain(second);
+        if let Poll::Ready(written) = futures::poll!(std::pin::pin!(write(stream, &mut answer))) {
+            return written.map(|()| true);
+        }
+        let rest = answer.copy_to_bytes(answer.remaining());
+        let mut pace = Pace::new(self.engine.config().client_timeouts);
+        self.give_directly(stream, &mut pace, rest, || {}).await?;
+        Ok(true)
+    }
+
+    /// Gives a body of any length, if its first slice is in memory.
+    async fn give_large(
+        &self,
+        stream: &mut Stream,
+        head: Bytes,
+        request: &Request,
+        found: &Found,
+        body: &Range<u64>,
+        begin: impl FnOnce(),
+    ) -> io::Result<bool> {
+        if !self.engine.holds(&found.object, body.start) {
+            return Ok(false);
+        }
+        let config = self.engine.config();
+        let ahead = config.max_concurrent_subrequests;
+        let pieces = vec![Piece::Bytes(body.clone())];
+        let mut pieces = Pieces::new(&self.engine, request, found, pieces, ahead, Form::Large);
+        let Some(Ok(first)) = pieces.next(&self.metrics).await else {
+            return Ok(false);
+        };
+        begin();
+        let mut pace = Pace::new(config.client_timeouts);
+        let (mut head, mut next) = (head, Some(first));
+        while let Some(piece) = next {
+            self.metrics
+                .bytes_to_client_total
+                .inc_by(piece.len() as u64);
+            let bytes = std::mem::take(&mut head).chain(piece);
+            let stalled = || pieces.let_go(&self.metrics);
+            self.give_directly(stream, &mut pace, bytes, stalled)
+                .await?;
+            next = match pieces.next(&self.metrics).await {
+                None => None,
+                Some(Ok(piece)) => Some(piece),
+                // The head is out: cut the connection, so that the client sees it.
+                Some(Err(error)) => {
+                    tracing::warn!(url = %request.url, %error, "answer cut short");
+                    return Err(io::ErrorKind::ConnectionAborted.into());
+                }
+            };
+        }
+        self.metrics
+            .assembly_duration_seconds
+            .observe(pieces.waited.as_secs_f64());
+        Ok(true)
+    }
+
+    /// Gives bytes to the client, as slowly as it may take them, a page at a time.
+    async fn give_directly(
+        &self,
+        stream: &mut Stream,
+        pace: &mut Pace,
+        mut bytes: impl Buf,
+        mut stalled: impl FnMut(),
+    ) -> io::Result<()> {
+        loop {
+            let before = bytes.remaining();
+            // Most clients take it at once: no timer for them.
+            let written = futures::poll!(std::pin::pin!(write(stream, &mut bytes)));
+            pace.took((before - bytes.remaining()) as u64, Duration::ZERO);
+            if let Poll::Ready(written) = written {
+                return written;
+            }
+            let mut page = (&mut bytes).take(PAGE_BYTES);
+            let length = page.remaining() as u64;
+            let writing = std::pin::pin!(write(stream, &mut page));
+            match patiently(pace, length, writing, &mut stalled).await {
+                Some(written) => written?,
+                None => return Err(self.too_slow()),
+            }
+        }
+    }
+
+    fn too_slow(&self) -> io::Error {
+        self.metrics.clients_too_slow_total.inc();
+        io::ErrorKind::TimedOut.into()
+    }
+}
+
+async fn write(stream: &mut Stream, bytes: &mut impl Buf) -> io::Result<()> {
+    stream.write_all_buf(bytes).await?;
+    stream.flush().await
+}
+
+/// A head as HTTP/1.1 writes it (RFC 9112 section 2.1); the connection stays.
+/// `None` without a Date, which is Pingora's to add (`stream`).
+fn on_the_wire(head: &ResponseHeader) -> Option<Bytes> {
+    if head.headers.get(DATE)?.len() != DATE_BYTES {
+        return None;
+    }
+    let mut wire = BytesMut::with_capacity(HEAD_BYTES);
+    wire.put_slice(b"HTTP/1.1 ");
+    wire.put_slice(head.status.as_str().as_bytes());
+    wire.put_u8(b' ');
+    wire.put_slice(head.get_reason_phrase().unwrap_or_default().as_bytes());
+    wire.put_slice(b"\r\n");
+    head.header_to_h1_wire(&mut wire);
+    wire.put_slice(b"Connection: keep-alive\r\n\r\n");
+    Some(wire.freeze())
+}
