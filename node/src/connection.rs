@@ -44,6 +44,9 @@ use crate::stream::{ClientStream, with_dates};
 /// How a connection of HTTP/2 begins (RFC 9113 section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
+/// How long the end waits for the first head of a connection.
+const FRESH_FOR: Duration = Duration::from_secs(1);
+
 tokio::task_local! {
     /// Whether this connection's request head is there.
     static HEAD_IS_THERE: Arc<AtomicBool>;
@@ -117,6 +120,8 @@ impl Clients {
         let mut closing = std::pin::pin!(self.closing.cancelled());
         let mut patience = self.timeouts.header;
         let mut timer = std::pin::pin!(sleep(patience));
+        // Who was let in is answered, though the listener is closed since.
+        let mut fresh = Some(self.front.under_way());
         let mut settings: Option<HttpPersistentSettings> = None;
         loop {
             if !stream.is_beyond() {
@@ -124,7 +129,8 @@ impl Clients {
                     biased;
                     next = next_head(&mut stream) => next,
                     () = passed(timer.as_mut(), Instant::now() + patience) => return,
-                    () = &mut closing => return,
+                    () = &mut closing, if fresh.is_none() => return,
+                    () = closed_for(&self.closing, FRESH_FOR), if fresh.is_some() => return,
                 };
                 let Some(Head { bytes, plain }) = next else {
                     return;
@@ -135,6 +141,7 @@ impl Clients {
                     match self.front.answer_directly(&head, stream.direct()).await {
                         Ok(true) => {
                             stream.used(bytes);
+                            fresh = None;
                             patience = self.timeouts.idle + self.timeouts.header;
                             continue;
                         }
@@ -158,6 +165,7 @@ impl Clients {
                 return;
             };
             stream = back;
+            fresh = None;
             settings = its;
             patience = self.timeouts.idle + self.timeouts.header;
         }
@@ -182,6 +190,12 @@ impl Clients {
             Err(_) => None,
         }
     }
+}
+
+/// Waits until so long after the end has begun.
+async fn closed_for(closing: &CancellationToken, time: Duration) {
+    closing.cancelled().await;
+    sleep(time).await;
 }
 
 /// The next head, once all of it is there; `None`: the connection is over.

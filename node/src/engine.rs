@@ -165,6 +165,14 @@ pub struct Found {
 }
 
 impl Found {
+    /// The name of one of its slices.
+    pub(crate) fn slice_id(&self, index: u32) -> SliceId {
+        SliceId {
+            generation: self.object.manifest.generation,
+            index,
+        }
+    }
+
     /// What this node held.
     fn stored(object: Arc<Stored>, resolution: Resolution) -> Found {
         Found {
@@ -388,17 +396,6 @@ impl Engine {
         let l2 = self.inner.l2.as_ref()?;
         let read = l2.slice_range(id, touched.start, touched.end).await?;
         (read.bytes.len() as u32 == wanted).then_some((read.bytes, Source::L2))
-    }
-
-    /// Whether the slice that holds this byte is in memory.
-    pub(crate) fn holds(&self, object: &Stored, byte: u64) -> bool {
-        let manifest = &object.manifest;
-        let index = byte / u64::from(manifest.version.slice_bytes);
-        let id = |index| SliceId {
-            generation: manifest.generation,
-            index,
-        };
-        u32::try_from(index).is_ok_and(|index| self.inner.l1.slice(&id(index)).is_some())
     }
 
     async fn resolve_for(

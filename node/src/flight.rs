@@ -404,6 +404,10 @@ impl Drop for PanicGuard {
     }
 }
 
+/// Bytes checked and given at a time where few calls count: what a core's own
+/// cache holds, so that they are read from memory once.
+pub const LARGE_BYTES: usize = 256 * 1024;
+
 /// How a reader wants the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
@@ -411,20 +415,26 @@ pub enum Form {
     Copies,
     /// At most a page at a time.
     Pages,
-    /// As much at a time as is there.
+    /// [`LARGE_BYTES`] at a time, where so many are there.
     Large,
 }
 
 /// One slice being read by one response.
 pub enum SliceReader {
-    /// It was in memory.
+    /// It was in memory, and is shared with the store.
     Stored {
-        /// The bytes wanted, or the first of them.
-        bytes: Bytes,
-        /// For the slice that they are a part of, should it leave the store;
-        /// `None`: they are a copy, or small.
+        /// All of it; checked piece by piece, just before they are given.
+        slice: Slice,
+        /// What is still wanted of it.
+        wanted: Range<usize>,
+        /// Should it leave the store; `None`: it is small.
         pin: Option<Permit>,
-        /// There was no room to hold all of them: what follows is to be opened anew.
+    },
+    /// It was in memory, and there was no room to hold it.
+    Copied {
+        /// The first of the bytes wanted.
+        bytes: Bytes,
+        /// What follows is to be opened anew.
         more: bool,
     },
     /// It is landing.
@@ -441,19 +451,26 @@ pub enum SliceReader {
 }
 
 impl SliceReader {
-    /// The next bytes, or `None` at the end: at most a page, or all that is
-    /// pinned. What they hold beyond themselves is covered by
-    /// [`SliceReader::pin`]; nothing if they are to be copied.
+    /// The next bytes, or `None` at the end. What they hold beyond themselves is
+    /// covered by [`SliceReader::pin`]; nothing if they are to be copied.
     pub async fn next(&mut self, form: Form) -> Option<Result<Bytes, FillError>> {
         let copied = form == Form::Copies;
         match self {
-            SliceReader::Stored { bytes, .. } if bytes.is_empty() => None,
-            SliceReader::Stored { bytes, pin, .. } => {
-                let most = match pin {
-                    Some(_) if form == Form::Large => bytes.len(),
-                    _ => bytes.len().min(PAGE_BYTES),
+            SliceReader::Copied { bytes, .. } => {
+                (!bytes.is_empty()).then(|| Ok(std::mem::take(bytes)))
+            }
+            SliceReader::Stored { wanted, .. } if wanted.start >= wanted.end => None,
+            SliceReader::Stored { slice, wanted, .. } => {
+                let most = match form {
+                    Form::Large => LARGE_BYTES,
+                    Form::Pages | Form::Copies => PAGE_BYTES,
                 };
-                let piece = bytes.split_to(most);
+                let piece = wanted.start..wanted.end.min(wanted.start + most);
+                if !slice.is_intact_in(piece.clone()) {
+                    return Some(Err(FillError::Damaged));
+                }
+                wanted.start = piece.end;
+                let piece = slice.bytes().slice(piece);
                 Some(Ok(if copied { copy_of(&piece) } else { piece }))
             }
             SliceReader::Flight {
@@ -487,12 +504,13 @@ impl SliceReader {
     pub fn pin(&self) -> Option<Permit> {
         match self {
             SliceReader::Stored { pin, .. } | SliceReader::Flight { pin, .. } => pin.clone(),
+            SliceReader::Copied { .. } => None,
         }
     }
 
     /// Whether what follows is to be opened anew.
     pub fn has_more(&self) -> bool {
-        matches!(self, SliceReader::Stored { more: true, .. })
+        matches!(self, SliceReader::Copied { more: true, .. })
     }
 
     /// Whether somebody else had started the flight that is read.
@@ -503,7 +521,7 @@ impl SliceReader {
     /// Where the bytes came from, for the counters.
     pub fn source(&self) -> Source {
         match self {
-            SliceReader::Stored { .. } => Source::L1,
+            SliceReader::Stored { .. } | SliceReader::Copied { .. } => Source::L1,
             SliceReader::Flight { joined: true, .. } => Source::Flight,
             SliceReader::Flight { reader, .. } => {
                 reader.flight().source().unwrap_or(Source::Origin)
@@ -657,6 +675,34 @@ mod tests {
                     assert!(flights.get(&id()).is_none(), "nor read by others");
                     assert!(flights.join(id(), 0..1).1, "the next has it from elsewhere");
                 }
+            }
+        }
+    }
+
+    /// The same for what lies in the store: what is given has been checked.
+    #[tokio::test]
+    async fn a_flipped_bit_of_a_stored_slice_is_found_before_the_socket() {
+        let whole: Vec<u8> = (0..3 * LARGE_BYTES as u32).map(|n| n as u8).collect();
+        let slice = Slice::new(whole.clone().into());
+        for flipped in [5000, LARGE_BYTES, 2 * LARGE_BYTES + 77_777] {
+            for form in [Form::Large, Form::Pages, Form::Copies] {
+                let mut reader = SliceReader::Stored {
+                    slice: slice.with_flipped_bit(flipped),
+                    wanted: 4097..whole.len(),
+                    pin: None,
+                };
+                let mut at = 4097;
+                let end = loop {
+                    match reader.next(form).await {
+                        Some(Ok(bytes)) => {
+                            assert_eq!(bytes, whole[at..at + bytes.len()]);
+                            at += bytes.len();
+                        }
+                        end => break end,
+                    }
+                };
+                assert_eq!(end, Some(Err(FillError::Damaged)), "{flipped} {form:?}");
+                assert!(at <= flipped);
             }
         }
     }

@@ -146,6 +146,11 @@ impl Front {
         }
     }
 
+    /// While this is held, the node does not stop.
+    pub(crate) fn under_way(&self) -> TaskTrackerToken {
+        self.under_way.token()
+    }
+
     /// This cluster's name in CDN-Loop (RFC 8586), and nobody else's.
     fn loop_id(&self) -> Option<&Arc<str>> {
         let named = |key: HashKey| format!("{NAME}-{:016x}", key.hash64(34, &[b"cdn-loop"]));
@@ -345,7 +350,8 @@ impl Front {
         if !is_get || pieces.is_empty() {
             self.begin(session, ctx, head, true, &found.informational)
                 .await?;
-            self.count_response(ctx, found);
+            ctx.counted = true;
+            self.count_response(found);
             return Ok(Answered::Done);
         }
         self.metrics.sliced_requests_total.inc();
@@ -374,7 +380,8 @@ impl Front {
         };
         self.begin(session, ctx, head, false, &found.informational)
             .await?;
-        self.count_response(ctx, found);
+        ctx.counted = true;
+        self.count_response(found);
         if let Some(text) = heading {
             session.write_response_body(Some(text), false).await?;
         }
@@ -563,8 +570,7 @@ impl Front {
         Ok(())
     }
 
-    fn count_response(&self, ctx: &mut Context, found: &Found) {
-        ctx.counted = true;
+    fn count_response(&self, found: &Found) {
         self.metrics
             .responses_total
             .with_label_values(&[x_cache(found.resolution)])
@@ -647,7 +653,6 @@ impl Front {
         Ok(true)
     }
 
-    /// An error of our own: never stored by anybody.
     async fn refuse(
         &self,
         session: &mut Session,
@@ -655,6 +660,13 @@ impl Front {
         status: u16,
         reason: &str,
     ) -> Result<()> {
+        let head = self.refusal(status, reason)?;
+        ctx.counted = true;
+        self.begin(session, ctx, head, true, &[]).await
+    }
+
+    /// An error of our own, counted: never stored by anybody.
+    fn refusal(&self, status: u16, reason: &str) -> Result<ResponseHeader> {
         let mut head = ResponseHeader::build(status, Some(6))?;
         head.insert_header(header::CONTENT_LENGTH, 0)?;
         head.insert_header(header::CACHE_CONTROL, "no-store")?;
@@ -667,12 +679,11 @@ impl Front {
             _ => format!("fwd=miss; detail={reason}"),
         };
         self.describe(&mut head, &status, "MISS")?;
-        ctx.counted = true;
         self.metrics
             .responses_total
             .with_label_values(&["MISS"])
             .inc();
-        self.begin(session, ctx, head, true, &[]).await
+        Ok(head)
     }
 
     async fn purge(&self, session: &mut Session) -> Result<()> {
@@ -932,7 +943,7 @@ impl ProxyHttp for Front {
             fenced: false,
             invalidates: None,
             _passing: None,
-            _under_way: self.under_way.token(),
+            _under_way: self.under_way(),
         }
     }
 

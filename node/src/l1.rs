@@ -46,6 +46,17 @@ impl Slice {
         Slice { bytes, growing }
     }
 
+    /// A slice of which one bit has flipped since.
+    #[cfg(test)]
+    pub fn with_flipped_bit(&self, at: usize) -> Slice {
+        let mut bytes = self.bytes.to_vec();
+        bytes[at] ^= 1;
+        Slice {
+            bytes: bytes.into(),
+            growing: self.growing.clone(),
+        }
+    }
+
     /// A slice whose checksums came with it; `None` unless every page matches.
     pub fn verified(bytes: Bytes, sums: &[u32]) -> Option<Self> {
         let slice = Slice::new(bytes);
@@ -89,6 +100,17 @@ impl Slice {
             let bytes = &self.bytes[start * STEP_BYTES..(end * STEP_BYTES).min(page.end)];
             crc32c_append(before, bytes) == self.growing[end - 1]
         })
+    }
+
+    /// All of a slice that has just been checked, in parts of a page.
+    pub fn checked_parts(&self) -> Vec<Part> {
+        let pages = self.bytes.chunks(PAGE_BYTES).zip(self.sums());
+        pages
+            .map(|(page, crc32c)| Part {
+                bytes: self.bytes.slice_ref(page),
+                crc32c,
+            })
+            .collect()
     }
 
     /// The bytes of `range` (within the slice) in parts of at most a page.
@@ -324,13 +346,8 @@ mod tests {
             .chain([PAGE_BYTES + STEP_BYTES + 1, LEN - 1, LEN]);
         let edges: Vec<usize> = edges.collect();
         for flipped in edges.iter().copied().filter(|at| *at < LEN) {
-            let mut bytes = bytes.clone();
-            bytes[flipped] ^= 1;
-            assert!(Slice::verified(bytes.clone().into(), &sums).is_none());
-            let damaged = Slice {
-                bytes: bytes.into(),
-                growing: slice.growing.clone(),
-            };
+            let damaged = slice.with_flipped_bit(flipped);
+            assert!(Slice::verified(damaged.bytes.clone(), &sums).is_none());
             for start in &edges {
                 for end in edges.iter().filter(|end| *end > start) {
                     let steps = start / STEP_BYTES..end.div_ceil(STEP_BYTES);

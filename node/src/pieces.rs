@@ -214,7 +214,9 @@ impl<'a> Pieces<'a> {
                             if *failed < JOINS_MAX && may_be_had_again(&error, reader) =>
                         {
                             *failed += 1;
-                            if error == FillError::Damaged {
+                            if error == FillError::Damaged && reader.source() == Source::L1 {
+                                self.engine.drop_damaged(self.found.slice_id(part.index));
+                            } else if error == FillError::Damaged {
                                 metrics.parts_damaged_total.inc();
                                 tracing::warn!(index = part.index, "a slice was damaged in memory");
                             }

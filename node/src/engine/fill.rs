@@ -161,7 +161,7 @@ impl Engine {
 
     /// The wanted bytes of a slice in memory: shared with the store if there is
     /// a permit for them, should the slice leave it while they are being sent;
-    /// else a copy of the first of them. `None` where they are damaged.
+    /// else a copy of the first of them; `None` where those are damaged.
     fn read_stored(
         &self,
         slice: &Slice,
@@ -176,29 +176,22 @@ impl Engine {
             false => None,
         };
         if pin.is_some() || slice.len() <= PAGE_BYTES {
-            let bytes = slice.bytes().slice(wanted.clone());
-            return (wanted.is_empty() || slice.is_intact_in(wanted)).then_some(
-                SliceReader::Stored {
-                    bytes,
-                    pin,
-                    more: false,
-                },
-            );
+            let slice = slice.clone();
+            return Some(SliceReader::Stored { slice, wanted, pin });
         }
         let page_end = (wanted.start / PAGE_BYTES + 1) * PAGE_BYTES;
         let now = wanted.start..wanted.end.min(page_end);
         let bytes = Bytes::copy_from_slice(&slice.bytes()[now.clone()]);
         slice
             .is_intact_in(now.clone())
-            .then_some(SliceReader::Stored {
+            .then_some(SliceReader::Copied {
                 bytes,
-                pin: None,
                 more: now.end < wanted.end,
             })
     }
 
     /// A damaged slice is dropped, never served.
-    pub(super) fn drop_damaged(&self, id: SliceId) {
+    pub(crate) fn drop_damaged(&self, id: SliceId) {
         self.inner.metrics.l1_damaged_total.inc();
         tracing::warn!(?id, "a slice in memory was damaged and is dropped");
         self.inner.l1.drop_slice(&id);
@@ -297,10 +290,7 @@ impl Engine {
             return false;
         }
         flight.note_source(Source::L2);
-        let Some(parts) = slice.parts(0..slice.len()) else {
-            return false;
-        };
-        flight.land_views(parts, slice.len());
+        flight.land_views(slice.checked_parts(), slice.len());
         self.inner.l1.keep_slice(fill.slice, slice);
         true
     }

@@ -1,9 +1,9 @@
-//! The short way of a hit: a plain request over HTTP/1.1, answered from memory or
-//! disk straight on the client's connection.
+//! The short way: a plain request over HTTP/1.1 for an object that may be answered
+//! from, straight on the client's connection.
 //!
 //! ```text
 //! up to 64 KiB   every part at hand → head and parts in one write
-//! more           the first slice in memory → Pieces, the head with the first of them
+//! more           Pieces, wherever they come from; the head with the first of them
 //! ```
 //!
 //! The decisions are those of the long way, made by the same functions: what is
@@ -14,20 +14,22 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::Method;
 use http::header::DATE;
+use httpdate::fmt_http_date;
 use pingora_core::protocols::Stream;
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_slice_cluster::slice::touched;
 use tokio::io::AsyncWriteExt;
 
-use super::{Front, patiently, until_total, x_cache};
+use super::{Front, patiently, until_total};
 use crate::engine::{Found, Request};
-use crate::flight::Form;
+use crate::flight::{FillError, Form};
 use crate::l1::PAGE_BYTES;
 use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces, count_slice};
@@ -41,7 +43,8 @@ const SMALL_BYTES: u64 = PAGE_BYTES as u64;
 const HEAD_BYTES: usize = 1024;
 
 impl Front {
-    /// Answers a plain request if it is a hit; `false`: nothing was written.
+    /// Answers a plain request if there is an object that may be answered from;
+    /// `false`: nothing was written.
     ///
     /// # Errors
     /// The connection is of no use any more.
@@ -78,7 +81,9 @@ impl Front {
         let Some(head) = on_the_wire(&head) else {
             return Ok(false);
         };
+        let has_begun = AtomicBool::new(false);
         let begin = || {
+            has_begun.store(true, Ordering::Relaxed);
             self.metrics.requests_total.inc();
             if body.start < body.end {
                 self.metrics.sliced_requests_total.inc();
@@ -86,12 +91,8 @@ impl Front {
             self.metrics
                 .time_to_first_byte_seconds
                 .observe(started.elapsed().as_secs_f64());
-            self.metrics
-                .responses_total
-                .with_label_values(&[x_cache(found.resolution)])
-                .inc();
         };
-        let _under_way = self.under_way.token();
+        let _under_way = self.under_way();
         let answered = async {
             match body.end - body.start <= SMALL_BYTES {
                 true => self.give_small(stream, head, &found, &body, begin).await,
@@ -107,6 +108,9 @@ impl Front {
             biased;
             answered = answered => answered?,
             () = answering.purged() => {
+                if !has_begun.load(Ordering::Relaxed) {
+                    return Ok(false);
+                }
                 tracing::info!(url = %request.url, "answer cut by a hard purge");
                 return Err(io::ErrorKind::ConnectionAborted.into());
             }
@@ -144,6 +148,7 @@ impl Front {
             return Ok(false);
         }
         begin();
+        self.count_response(found);
         let [first, second] = parts;
         self.metrics
             .bytes_to_client_total
@@ -158,7 +163,7 @@ impl Front {
         Ok(true)
     }
 
-    /// Gives a body of any length, if its first slice is in memory.
+    /// Gives a body of any length.
     async fn give_large(
         &self,
         stream: &mut Stream,
@@ -168,17 +173,29 @@ impl Front {
         body: &Range<u64>,
         begin: impl FnOnce(),
     ) -> io::Result<bool> {
-        if !self.engine.holds(&found.object, body.start) {
-            return Ok(false);
-        }
         let config = self.engine.config();
         let ahead = config.max_concurrent_subrequests;
         let pieces = vec![Piece::Bytes(body.clone())];
         let mut pieces = Pieces::new(&self.engine, request, found, pieces, ahead, Form::Large);
-        let Some(Ok(first)) = pieces.next(&self.metrics).await else {
-            return Ok(false);
+        let first = match pieces.next(&self.metrics).await {
+            Some(Ok(first)) => first,
+            Some(Err(FillError::Failed { status, .. })) => {
+                tracing::warn!(url = %request.url, status, "request failed");
+                let mut refusal = self
+                    .refusal(status, "fill-failed")
+                    .map_err(io::Error::other)?;
+                let now = fmt_http_date(SystemTime::now());
+                refusal.insert_header(DATE, now).map_err(io::Error::other)?;
+                let mut refusal = on_the_wire(&refusal).unwrap_or_default();
+                begin();
+                write(stream, &mut refusal).await?;
+                return Ok(true);
+            }
+            // The version is gone: the long way finds another.
+            Some(Err(FillError::Changed | FillError::Damaged)) | None => return Ok(false),
         };
         begin();
+        self.count_response(found);
         let mut pace = Pace::new(config.client_timeouts);
         let (mut head, mut next) = (head, Some(first));
         while let Some(piece) = next {

@@ -15,18 +15,19 @@
 //! 500,000th of the store.
 //! Not here: which region to write, and what a row looks like (`index`).
 
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, IoSlice};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use pingora_slice_cluster::crc32c::crc32c;
 use pingora_slice_cluster::{Generation, SliceId};
 use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::l1::{PAGE_BYTES, Slice};
 
@@ -41,6 +42,9 @@ pub const REGION_BYTES_MAX: u32 = 64 << 20;
 /// One hit bit stands for this much of a region; entries that begin in the
 /// same stretch share it, so small ones are at worst kept for a neighbour's sake.
 const HIT_BYTES: u32 = 64 << 10;
+
+/// Region files kept open for reading at most.
+const OPEN_MAX: usize = 64;
 
 /// Where an entry lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +85,8 @@ pub struct Regions {
     region_bytes: u32,
     table: Box<[Region]>,
     disk_bytes: AtomicU64,
+    /// Files kept open for [`Regions::read_now`].
+    files: Mutex<HashMap<u32, Arc<File>>>,
 }
 
 #[derive(Debug)]
@@ -131,6 +137,7 @@ impl Regions {
             region_bytes,
             table,
             disk_bytes: AtomicU64::new(bytes),
+            files: Mutex::default(),
         })
     }
 
@@ -183,29 +190,60 @@ impl Regions {
         start: u32,
         end: u32,
     ) -> Result<Bytes, ReadError> {
-        let found = self.read_pages(place, sums, start, end);
+        let found = File::open(self.path(place.region)).ok().and_then(|file| {
+            let read = |len, at| read_exact(&file, len, at);
+            pages(place, sums, start, end, read)
+        });
+        self.found(place, found)
+    }
+
+    /// All bytes of the entry, if they match `sums`.
+    pub fn read_whole(&self, place: &Place, sums: &[u32]) -> Result<Slice, ReadError> {
+        let found = File::open(self.path(place.region)).ok().and_then(|file| {
+            let bytes = read_exact(&file, place.len as usize, place.bytes_offset())?;
+            Slice::verified(bytes.into(), sums)
+        });
+        self.found(place, found)
+    }
+
+    fn found<T>(&self, place: &Place, found: Option<T>) -> Result<T, ReadError> {
         if !self.is_live(place) && found.is_none() {
             return Err(ReadError::Evicted);
         }
         found.ok_or(ReadError::Damaged)
     }
 
-    fn read_pages(&self, place: &Place, sums: &[u32], start: u32, end: u32) -> Option<Bytes> {
-        if start >= end {
-            return Some(Bytes::new());
+    /// As [`Regions::read`], but only what the kernel has in its page cache:
+    /// never waits for the disk.
+    pub fn read_now(&self, place: &Place, sums: &[u32], start: u32, end: u32) -> Option<Bytes> {
+        let file = self.open_file(place.region)?;
+        let found = pages(place, sums, start, end, |len, at| {
+            read_cached(&file, len, at)
+        });
+        let found = found.filter(|_| self.is_live(place));
+        if found.is_none() {
+            // It may be of a region that has been removed since.
+            self.files().remove(&place.region);
         }
-        let first = start as usize / PAGE_BYTES;
-        let from = first * PAGE_BYTES;
-        let to = (end as usize)
-            .next_multiple_of(PAGE_BYTES)
-            .min(place.len as usize);
-        let file = File::open(self.path(place.region)).ok()?;
-        let bytes = read_exact(&file, to - from, place.bytes_offset() + from as u64)?;
-        let mut pages = bytes.chunks(PAGE_BYTES).zip(sums.get(first..)?);
-        if !pages.all(|(page, sum)| crc32c(page) == *sum) {
-            return None;
+        found
+    }
+
+    /// A region's file, kept open.
+    fn open_file(&self, region: u32) -> Option<Arc<File>> {
+        if let Some(file) = self.files().get(&region) {
+            return Some(file.clone());
         }
-        Some(Bytes::from(bytes).slice(start as usize - from..end as usize - from))
+        let file = Arc::new(File::open(self.path(region)).ok()?);
+        let mut files = self.files();
+        if files.len() >= OPEN_MAX {
+            files.clear();
+        }
+        files.insert(region, file.clone());
+        Some(file)
+    }
+
+    fn files(&self) -> MutexGuard<'_, HashMap<u32, Arc<File>>> {
+        self.files.lock().expect("no panic while held")
     }
 
     /// The entries of a region written under `generation`, in order, for as long as their headers are good.
@@ -293,6 +331,7 @@ impl Regions {
             return false;
         };
         self.start_over(region, 0);
+        self.files().remove(&region);
         let bytes = disk_bytes(&self.path(region));
         let is_removed = std::fs::remove_file(self.path(region)).is_ok();
         if is_removed {
@@ -487,6 +526,39 @@ fn write_both(file: &File, header: &[u8], bytes: &[u8], at: u64) -> io::Result<(
 }
 
 /// Exactly `len` bytes at `at`, into memory that need not be zeroed first.
+/// Bytes `start..end` of an entry, as `read` gives them (length, offset in the
+/// region), from whole pages that match `sums`.
+fn pages(
+    place: &Place,
+    sums: &[u32],
+    start: u32,
+    end: u32,
+    read: impl FnOnce(usize, u64) -> Option<Vec<u8>>,
+) -> Option<Bytes> {
+    if start >= end {
+        return Some(Bytes::new());
+    }
+    let first = start as usize / PAGE_BYTES;
+    let from = first * PAGE_BYTES;
+    let to = (end as usize)
+        .next_multiple_of(PAGE_BYTES)
+        .min(place.len as usize);
+    let bytes = read(to - from, place.bytes_offset() + from as u64)?;
+    let mut pages = bytes.chunks(PAGE_BYTES).zip(sums.get(first..)?);
+    if !pages.all(|(page, sum)| crc32c(page) == *sum) {
+        return None;
+    }
+    Some(Bytes::from(bytes).slice(start as usize - from..end as usize - from))
+}
+
+/// What the page cache has; `None` where any of it would have to be read.
+fn read_cached(file: &File, len: usize, at: u64) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    let mut slices = [IoSliceMut::new(&mut bytes)];
+    let read = rustix::io::preadv2(file, &mut slices, at, ReadWriteFlags::NOWAIT);
+    (read == Ok(len)).then_some(bytes)
+}
+
 fn read_exact(file: &File, len: usize, at: u64) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(len);
     while bytes.len() < len {

@@ -48,6 +48,10 @@ const QUEUE_JOBS_MAX: usize = 4096;
 pub const QUEUE_BYTES_MAX: u64 = 32 << 20;
 /// Reads at a time, each on a thread of its own.
 const READS_MAX: usize = 64;
+/// Places remembered at most, of some 250 bytes each.
+const PLACES_MAX: usize = 16 * 1024;
+/// Bytes read at most where nothing may wait: some ten microseconds.
+const NOW_BYTES_MAX: u32 = 64 * 1024;
 /// How long `stop` lets the writer work on what is queued, and then on closing.
 const STOP_MAX: Duration = Duration::from_secs(10);
 
@@ -57,7 +61,13 @@ pub(super) struct Store {
     pub(super) shared: Arc<Shared>,
     jobs: SyncSender<Job>,
     reads: Arc<Semaphore>,
+    places: Arc<Mutex<Places>>,
 }
+
+/// Where slices lie that were read a part of, as the index said it: the parts
+/// read next need not ask it, which may wait for the disk. Slices do not change,
+/// and a place that no longer holds is known by its region's generation.
+type Places = HashMap<SliceId, (Place, Arc<[u32]>)>;
 
 /// What readers and the writer share.
 pub(super) struct Shared {
@@ -169,6 +179,7 @@ impl Store {
             shared,
             jobs,
             reads: Arc::new(Semaphore::new(READS_MAX)),
+            places: Arc::default(),
         })
     }
 
@@ -180,8 +191,7 @@ impl Store {
         self.read(move |l2| match l2.row(id)? {
             SliceRow::Inline(slice) => Some(slice),
             SliceRow::InRegion(place, sums) => {
-                let bytes = l2.bytes(id, &place, &sums, 0, place.len)?;
-                Slice::verified(bytes, &sums)
+                l2.checked(id, &place, l2.shared.regions.read_whole(&place, &sums))
             }
         })
         .await
@@ -195,6 +205,9 @@ impl Store {
             let bytes = slice.bytes().slice(start as usize..end as usize);
             return Some(L2Read { bytes, slice_bytes });
         }
+        if let Some(read) = self.read_now(id, start, end) {
+            return Some(read);
+        }
         self.read(move |l2| match l2.row(id)? {
             SliceRow::Inline(slice) => {
                 let slice_bytes = slice.len() as u32;
@@ -206,13 +219,41 @@ impl Store {
             }
             SliceRow::InRegion(place, sums) => {
                 let (start, end) = cut(start, end, place.len);
+                let bytes = l2.shared.regions.read(&place, &sums, start, end);
+                let bytes = l2.checked(id, &place, bytes)?;
+                let mut places = l2.places();
+                if places.len() >= PLACES_MAX {
+                    places.clear();
+                }
+                places.insert(id, (place, sums));
                 Some(L2Read {
-                    bytes: l2.bytes(id, &place, &sums, start, end)?,
+                    bytes,
                     slice_bytes: place.len,
                 })
             }
         })
         .await
+    }
+
+    /// A few pages that need no wait for the disk, which a hop to a thread that
+    /// may wait would cost more than.
+    fn read_now(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
+        let (place, sums) = self.places().get(&id).cloned()?;
+        let (start, end) = cut(start, end, place.len);
+        if end - start > NOW_BYTES_MAX {
+            return None;
+        }
+        let regions = &self.shared.regions;
+        let bytes = regions.read_now(&place, &sums, start, end)?;
+        regions.hit(&place);
+        Some(L2Read {
+            bytes,
+            slice_bytes: place.len,
+        })
+    }
+
+    fn places(&self) -> std::sync::MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeps a slice: queued for the writer; when its queue is full, dropped and counted.
@@ -317,22 +358,17 @@ impl Store {
         Some(found.row)
     }
 
-    fn bytes(
-        &self,
-        id: SliceId,
-        place: &Place,
-        sums: &[u32],
-        start: u32,
-        end: u32,
-    ) -> Option<Bytes> {
-        match self.shared.regions.read(place, sums, start, end) {
-            Ok(bytes) => {
+    /// What was read of an entry; one that is damaged is forgotten.
+    fn checked<T>(&self, id: SliceId, place: &Place, read: Result<T, ReadError>) -> Option<T> {
+        match read {
+            Ok(read) => {
                 self.shared.regions.hit(place);
-                Some(bytes)
+                Some(read)
             }
             Err(ReadError::Evicted) => None,
             Err(ReadError::Damaged) => {
                 self.shared.damaged.fetch_add(1, Ordering::Relaxed);
+                self.places().remove(&id);
                 self.queue(Job::Forget(id, *place));
                 None
             }
