@@ -118,22 +118,35 @@ impl Clients {
         };
         let mut stream = Box::new(ClientStream::new(stream));
         let mut closing = std::pin::pin!(self.closing.cancelled());
-        let mut patience = self.timeouts.header;
-        let mut timer = std::pin::pin!(sleep(patience));
+        let mut timer = std::pin::pin!(sleep(self.timeouts.header));
         // Who was let in is answered, though the listener is closed since.
         let mut fresh = Some(self.front.under_way());
         let mut settings: Option<HttpPersistentSettings> = None;
         loop {
             if !stream.is_beyond() {
-                let next = tokio::select! {
-                    biased;
-                    next = next_head(&mut stream) => next,
-                    () = passed(timer.as_mut(), Instant::now() + patience) => return,
-                    () = &mut closing, if fresh.is_none() => return,
-                    () = closed_for(&self.closing, FRESH_FOR), if fresh.is_some() => return,
+                let waiting = match fresh.is_some() {
+                    true => self.timeouts.header,
+                    false => self.timeouts.idle,
                 };
-                let Some(Head { bytes, plain }) = next else {
-                    return;
+                let mut until = Instant::now() + waiting;
+                let Head { bytes, plain } = loop {
+                    if let Some(head) = head::read(stream.ahead()) {
+                        break head;
+                    }
+                    let is_first = stream.ahead().is_empty();
+                    let read = tokio::select! {
+                        biased;
+                        read = stream.read_ahead() => read,
+                        () = passed(timer.as_mut(), until) => return,
+                        () = &mut closing, if fresh.is_none() => return,
+                        () = closed_for(&self.closing, FRESH_FOR), if fresh.is_some() => return,
+                    };
+                    if !read.is_ok_and(|bytes| bytes > 0) {
+                        return;
+                    }
+                    if is_first && fresh.is_none() {
+                        until = Instant::now() + self.timeouts.header;
+                    }
                 };
                 if let Some(head) = plain
                     && !*shutdown.borrow()
@@ -142,7 +155,6 @@ impl Clients {
                         Ok(true) => {
                             stream.used(bytes);
                             fresh = None;
-                            patience = self.timeouts.idle + self.timeouts.header;
                             continue;
                         }
                         Ok(false) => {}
@@ -157,6 +169,10 @@ impl Clients {
             }
             // Off while the node stops: then it stays so.
             session.set_keepalive((!*shutdown.borrow()).then(|| whole_secs(self.timeouts.idle)));
+            let patience = match fresh.is_some() {
+                true => self.timeouts.header,
+                false => self.timeouts.idle + self.timeouts.header,
+            };
             let Some(reused) = self.by_pingora(session, patience, shutdown).await else {
                 return;
             };
@@ -167,7 +183,6 @@ impl Clients {
             stream = back;
             fresh = None;
             settings = its;
-            patience = self.timeouts.idle + self.timeouts.header;
         }
     }
 
@@ -198,22 +213,12 @@ async fn closed_for(closing: &CancellationToken, time: Duration) {
     sleep(time).await;
 }
 
-/// The next head, once all of it is there; `None`: the connection is over.
-async fn next_head(stream: &mut ClientStream) -> Option<Head> {
-    loop {
-        if let Some(head) = head::read(stream.ahead()) {
-            return Some(head);
-        }
-        match stream.read_ahead().await {
-            Ok(0) | Err(_) => return None,
-            Ok(_) => {}
-        }
-    }
-}
-
-/// Waits until a time, with a timer that is set for no later one: it is not set
-/// anew for each request, but when it goes off.
+/// Waits until a time. The timer is not set anew for each request, but when it
+/// goes off, or where it would be too late.
 async fn passed(mut timer: Pin<&mut Sleep>, at: Instant) {
+    if timer.deadline() > at {
+        timer.as_mut().reset(at);
+    }
     loop {
         timer.as_mut().await;
         if at <= Instant::now() {

@@ -377,7 +377,12 @@ impl Engine {
 
     /// The wanted bytes of a slice, and where they lay, if that is in memory, or
     /// on disk and not worth a place in memory. Nobody is asked.
-    pub async fn at_hand(&self, object: &Stored, touched: &Touched) -> Option<(Bytes, Source)> {
+    pub async fn at_hand(
+        &self,
+        key: ObjectKey,
+        object: &Stored,
+        touched: &Touched,
+    ) -> Option<(Bytes, Source)> {
         let id = SliceId {
             generation: object.manifest.generation,
             index: touched.index,
@@ -388,8 +393,11 @@ impl Engine {
             return (wanted.end <= slice.len() && slice.is_intact_in(wanted.clone()))
                 .then(|| (slice.bytes().slice(wanted), Source::L1));
         }
-        let wanted = touched.end - touched.start;
-        let slice_bytes = object.manifest.version.slice_bytes;
+        let (wanted, manifest) = (touched.end - touched.start, &object.manifest);
+        if !self.is_keeper(key, manifest.place(touched.index)) {
+            return None;
+        }
+        let slice_bytes = manifest.version.slice_bytes;
         if is_worth_reading_whole(wanted, slice_bytes, rand::random()) {
             return None;
         }

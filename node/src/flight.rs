@@ -404,9 +404,8 @@ impl Drop for PanicGuard {
     }
 }
 
-/// Bytes checked and given at a time where few calls count: what a core's own
-/// cache holds, so that they are read from memory once.
-pub const LARGE_BYTES: usize = 256 * 1024;
+/// Bytes checked and given at a time where few calls count.
+pub const LARGE_BYTES: usize = 1024 * 1024;
 
 /// How a reader wants the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

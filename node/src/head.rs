@@ -21,7 +21,7 @@ const NOT_PLAIN: [HeaderName; 4] = [CONTENT_LENGTH, TRANSFER_ENCODING, EXPECT, U
 /// A head that is all there.
 #[derive(Debug)]
 pub(crate) struct Head {
-    /// Its length; all there is, where no end of it can be told.
+    /// Its length; 0 where no end of it can be told.
     pub(crate) bytes: usize,
     /// What it says, if it is plain.
     pub(crate) plain: Option<RequestHeader>,
@@ -41,7 +41,7 @@ pub(crate) fn read(ahead: &[u8]) -> Option<Head> {
         }),
         Ok(httparse::Status::Partial) if ahead.len() < BYTES_MAX => None,
         _ => Some(Head {
-            bytes: ahead.len(),
+            bytes: 0,
             plain: None,
         }),
     }
@@ -119,7 +119,7 @@ mod tests {
             "GET / a HTTP/1.1\r\n\r\n",
         ] {
             let found = read(faulty.as_bytes()).unwrap();
-            assert_eq!(found.bytes, faulty.len(), "{faulty}");
+            assert_eq!(found.bytes, 0, "{faulty}");
             assert!(found.plain.is_none(), "{faulty}");
         }
         let long = format!("GET / HTTP/1.1\r\nA: {}", "b".repeat(BYTES_MAX));

@@ -108,7 +108,7 @@ impl ClientStream {
         }
     }
 
-    /// The next so many bytes are a request for Pingora.
+    /// The next so many bytes are a request for Pingora; 0: nobody knows how many.
     pub(crate) fn give(&mut self, bytes: usize) {
         self.given = bytes;
     }

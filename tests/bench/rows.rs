@@ -590,7 +590,7 @@ impl Bench<'_> {
     async fn connections(&self, report: &mut Report) -> Result<()> {
         const IDLE: usize = 10_000;
         // Each has its share, should it become active.
-        let settings = [("memory_budget", "4g")];
+        let settings = [("l1_cache_size_bytes", "64m"), ("memory_budget", "4g")];
         let mut memory = Vec::new();
         for _ in 0..self.settings.pairs.min(3) {
             let ours = self.ours(&settings).await?;

@@ -112,6 +112,39 @@ async fn requests_of_all_kinds_share_a_connection() {
     assert!(bytes.is_empty(), "{} bytes more", bytes.len());
 }
 
+/// Heads that only Pingora can read: what was sent behind them is answered after them.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_keep_their_order_behind_an_odd_head() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let small = cluster.origin.publish("/small", 20 * KIB);
+    let other = cluster.origin.publish("/other", 10 * KIB);
+    node.read(&small).await;
+    node.read(&other).await;
+    let many: String = (0..70).map(|n| format!("X-{n}: y\r\n")).collect();
+    for odd in [
+        "GET /small?a b HTTP/1.1\r\nHost: films.test\r\n\r\n".to_owned(),
+        format!("GET /small HTTP/1.1\r\nHost: films.test\r\n{many}\r\n"),
+    ] {
+        let plain =
+            |path, fields| format!("GET {path} HTTP/1.1\r\nHost: films.test\r\n{fields}\r\n");
+        let all = [
+            odd,
+            plain("/other", ""),
+            plain("/small", ""),
+            plain("/other", "Connection: close\r\n"),
+        ];
+        let mut bytes = Bytes::from(raw(node.address(), all.concat().as_bytes()).await.unwrap());
+        take_answer(&mut bytes, true);
+        for film in [&other, &small, &other] {
+            let (status, _, body) = take_answer(&mut bytes, true);
+            assert_eq!(status, 200);
+            assert!(body == film.content().all(), "not {}", film.path());
+        }
+        assert!(bytes.is_empty());
+    }
+}
+
 /// What the two ways of a hit say of it is the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn both_ways_of_a_hit_tell_the_same() {

@@ -11,7 +11,7 @@ use pingora_slice_cluster::{PurgeIndex, SliceId};
 
 use super::{Engine, Request, Resolved, Verdict};
 use crate::admin::Inspect;
-use crate::flight::Form;
+use crate::flight::{FillError, Form};
 use crate::freshness::{Demands, Use, unix_ms};
 use crate::manifest::{Stored, Url};
 use crate::metrics::Gauges;
@@ -254,6 +254,7 @@ impl Engine {
         ) {
             let before = bytes;
             let mut rest = part;
+            let mut damaged = false;
             loop {
                 let mut reader = self.open(&request, &found.object, rest, None);
                 while let Some(next) = reader.next(Form::Pages).await {
@@ -261,6 +262,11 @@ impl Engine {
                         Ok(read) => {
                             bytes += read.len() as u64;
                             rest.start += read.len() as u32;
+                        }
+                        Err(FillError::Damaged) if !damaged => {
+                            self.drop_damaged(found.slice_id(part.index));
+                            damaged = true;
+                            break;
                         }
                         Err(error) => return failed(url, error.to_string()),
                     }

@@ -24,12 +24,13 @@ use http::header::DATE;
 use httpdate::fmt_http_date;
 use pingora_core::protocols::Stream;
 use pingora_http::{RequestHeader, ResponseHeader};
+use pingora_slice_cluster::ObjectKey;
 use pingora_slice_cluster::slice::touched;
 use tokio::io::AsyncWriteExt;
 
 use super::{Front, patiently, until_total};
 use crate::engine::{Found, Request};
-use crate::flight::{FillError, Form};
+use crate::flight::{FillError, Form, Source};
 use crate::l1::PAGE_BYTES;
 use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces, count_slice};
@@ -95,7 +96,10 @@ impl Front {
         let _under_way = self.under_way();
         let answered = async {
             match body.end - body.start <= SMALL_BYTES {
-                true => self.give_small(stream, head, &found, &body, begin).await,
+                true => {
+                    self.give_small(stream, head, request.key, &found, &body, begin)
+                        .await
+                }
                 false => {
                     self.give_large(stream, head, &request, &found, &body, begin)
                         .await
@@ -106,22 +110,27 @@ impl Front {
         let total = total.map(|total| tokio::time::Instant::now() + total);
         let answered = tokio::select! {
             biased;
-            answered = answered => answered?,
+            answered = answered => answered,
             () = answering.purged() => {
                 if !has_begun.load(Ordering::Relaxed) {
                     return Ok(false);
                 }
                 tracing::info!(url = %request.url, "answer cut by a hard purge");
-                return Err(io::ErrorKind::ConnectionAborted.into());
+                Err(io::ErrorKind::ConnectionAborted.into())
             }
-            () = until_total(total) => return Err(self.too_slow()),
+            () = until_total(total) => {
+                if !has_begun.load(Ordering::Relaxed) {
+                    begin();
+                }
+                Err(self.too_slow())
+            }
         };
-        if answered {
+        if has_begun.load(Ordering::Relaxed) {
             self.metrics
                 .request_duration_seconds
                 .observe(started.elapsed().as_secs_f64());
         }
-        Ok(answered)
+        answered
     }
 
     /// Gives a small body, if all of it is at hand.
@@ -129,27 +138,30 @@ impl Front {
         &self,
         stream: &mut Stream,
         head: Bytes,
+        key: ObjectKey,
         found: &Found,
         body: &Range<u64>,
         begin: impl FnOnce(),
     ) -> io::Result<bool> {
         let slice_bytes = found.object.manifest.version.slice_bytes;
         let mut slices = touched(body.clone(), slice_bytes);
-        let mut parts = [Bytes::new(), Bytes::new()];
+        let mut parts = [const { (Bytes::new(), Source::L1) }; 2];
         for part in &mut parts {
             let Some(touched) = slices.next() else { break };
-            let Some((bytes, source)) = self.engine.at_hand(&found.object, &touched).await else {
+            let Some(at_hand) = self.engine.at_hand(key, &found.object, &touched).await else {
                 return Ok(false);
             };
-            count_slice(&self.metrics, source, bytes.len() as u64);
-            *part = bytes;
+            *part = at_hand;
         }
         if slices.next().is_some() {
             return Ok(false);
         }
         begin();
         self.count_response(found);
-        let [first, second] = parts;
+        for (bytes, source) in parts.iter().filter(|(bytes, _)| !bytes.is_empty()) {
+            count_slice(&self.metrics, *source, bytes.len() as u64);
+        }
+        let [(first, _), (second, _)] = parts;
         self.metrics
             .bytes_to_client_total
             .inc_by(body.end - body.start);
@@ -157,7 +169,9 @@ impl Front {
         if let Poll::Ready(written) = futures::poll!(std::pin::pin!(write(stream, &mut answer))) {
             return written.map(|()| true);
         }
-        let rest = answer.copy_to_bytes(answer.remaining());
+        // A copy: nothing is held of the slices while the client takes nothing.
+        let mut rest = BytesMut::with_capacity(answer.remaining());
+        rest.put(answer);
         let mut pace = Pace::new(self.engine.config().client_timeouts);
         self.give_directly(stream, &mut pace, rest, || {}).await?;
         Ok(true)
@@ -186,9 +200,11 @@ impl Front {
                     .map_err(io::Error::other)?;
                 let now = fmt_http_date(SystemTime::now());
                 refusal.insert_header(DATE, now).map_err(io::Error::other)?;
-                let mut refusal = on_the_wire(&refusal).unwrap_or_default();
+                let refusal = on_the_wire(&refusal).unwrap_or_default();
                 begin();
-                write(stream, &mut refusal).await?;
+                let mut pace = Pace::new(config.client_timeouts);
+                self.give_directly(stream, &mut pace, refusal, || {})
+                    .await?;
                 return Ok(true);
             }
             // The version is gone: the long way finds another.

@@ -220,12 +220,12 @@ impl Regions {
         let found = pages(place, sums, start, end, |len, at| {
             read_cached(&file, len, at)
         });
-        let found = found.filter(|_| self.is_live(place));
-        if found.is_none() {
-            // It may be of a region that has been removed since.
-            self.files().remove(&place.region);
+        if self.is_live(place) {
+            return found;
         }
-        found
+        // The region may have been removed, and its file with it.
+        self.files().remove(&place.region);
+        None
     }
 
     /// A region's file, kept open.

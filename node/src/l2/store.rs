@@ -48,7 +48,7 @@ const QUEUE_JOBS_MAX: usize = 4096;
 pub const QUEUE_BYTES_MAX: u64 = 32 << 20;
 /// Reads at a time, each on a thread of its own.
 const READS_MAX: usize = 64;
-/// Places remembered at most, of some 250 bytes each.
+/// Places remembered at most, of 250 bytes each, where slices are of 1 MiB.
 const PLACES_MAX: usize = 16 * 1024;
 /// Bytes read at most where nothing may wait: some ten microseconds.
 const NOW_BYTES_MAX: u32 = 64 * 1024;
