@@ -397,8 +397,11 @@ impl Engine {
         if !self.is_keeper(key, manifest.place(touched.index)) {
             return None;
         }
-        let slice_bytes = manifest.version.slice_bytes;
-        if is_worth_reading_whole(wanted, slice_bytes, rand::random()) {
+        let slice_bytes = u64::from(manifest.version.slice_bytes);
+        let start = u64::from(touched.index) * slice_bytes;
+        // The last one is shorter, and the only one of a small object.
+        let slice_bytes = (manifest.length()? - start).min(slice_bytes);
+        if is_worth_reading_whole(wanted, slice_bytes as u32, rand::random()) {
             return None;
         }
         let l2 = self.inner.l2.as_ref()?;

@@ -304,6 +304,22 @@ fn bytes_read(node: &Node) -> u64 {
     line.unwrap().parse().unwrap()
 }
 
+/// A small object is its slice, and comes into memory with its first hit.
+#[tokio::test(flavor = "multi_thread")]
+async fn small_objects_on_disk_come_into_memory() {
+    let mut cluster = TestCluster::alone().await;
+    let film = cluster.origin.publish("/film", 20 * KIB);
+    cluster.node(1).read(&film).await;
+    cluster.node_mut(1).terminate().await;
+    cluster.node_mut(1).restart().await;
+    let node = cluster.node(1);
+    node.read(&film).await;
+    assert_eq!(node.metric("slices_total{source=\"l2\"}").await, 1.0);
+    node.read(&film).await;
+    assert_eq!(node.metric("slices_total{source=\"l1\"}").await, 1.0);
+    assert_eq!(film.fetches(), 1);
+}
+
 /// 4 KiB at random places of what does not fit into memory do not cost a slice each.
 #[tokio::test(flavor = "multi_thread")]
 async fn small_ranges_from_disk_cost_their_own_bytes() {

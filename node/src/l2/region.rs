@@ -525,7 +525,6 @@ fn write_both(file: &File, header: &[u8], bytes: &[u8], at: u64) -> io::Result<(
     file.write_all_at(&bytes[of_bytes..], at + (header.len() + of_bytes) as u64)
 }
 
-/// Exactly `len` bytes at `at`, into memory that need not be zeroed first.
 /// Bytes `start..end` of an entry, as `read` gives them (length, offset in the
 /// region), from whole pages that match `sums`.
 fn pages(
@@ -559,6 +558,7 @@ fn read_cached(file: &File, len: usize, at: u64) -> Option<Vec<u8>> {
     (read == Ok(len)).then_some(bytes)
 }
 
+/// Exactly `len` bytes at `at`, into memory that need not be zeroed first.
 fn read_exact(file: &File, len: usize, at: u64) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(len);
     while bytes.len() < len {
