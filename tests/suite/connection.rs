@@ -310,9 +310,13 @@ async fn small_objects_on_disk_come_into_memory() {
     let mut cluster = TestCluster::alone().await;
     let film = cluster.origin.publish("/film", 20 * KIB);
     cluster.node(1).read(&film).await;
+    // Written out, and then the memory is empty.
     cluster.node_mut(1).terminate().await;
-    cluster.node_mut(1).restart().await;
+    cluster.node_mut(1).spawn();
+    cluster.node_mut(1).until_ready().await;
     let node = cluster.node(1);
+    // Its manifest comes into memory alone.
+    node.ask(Ask::new("HEAD", "/film")).await;
     node.read(&film).await;
     assert_eq!(node.metric("slices_total{source=\"l2\"}").await, 1.0);
     node.read(&film).await;
