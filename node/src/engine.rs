@@ -380,20 +380,17 @@ impl Engine {
     pub async fn at_hand(
         &self,
         key: ObjectKey,
-        object: &Stored,
+        found: &Found,
         touched: &Touched,
     ) -> Option<(Bytes, Source)> {
-        let id = SliceId {
-            generation: object.manifest.generation,
-            index: touched.index,
-        };
+        let id = found.slice_id(touched.index);
         self.inner.wholes.note(&id);
         if let Some(slice) = self.inner.l1.slice(&id) {
             let wanted = touched.start as usize..touched.end as usize;
             return (wanted.end <= slice.len() && slice.is_intact_in(wanted.clone()))
                 .then(|| (slice.bytes().slice(wanted), Source::L1));
         }
-        let (wanted, manifest) = (touched.end - touched.start, &object.manifest);
+        let (wanted, manifest) = (touched.end - touched.start, &found.object.manifest);
         if !self.is_keeper(key, manifest.place(touched.index)) {
             return None;
         }

@@ -257,6 +257,7 @@ impl Engine {
             let mut damaged = false;
             loop {
                 let mut reader = self.open(&request, &found.object, rest, None);
+                let mut again = false;
                 while let Some(next) = reader.next(Form::Pages).await {
                     match next {
                         Ok(read) => {
@@ -265,13 +266,13 @@ impl Engine {
                         }
                         Err(FillError::Damaged) if !damaged => {
                             self.drop_damaged(found.slice_id(part.index));
-                            damaged = true;
+                            (damaged, again) = (true, true);
                             break;
                         }
                         Err(error) => return failed(url, error.to_string()),
                     }
                 }
-                if !reader.has_more() {
+                if !again && !reader.has_more() {
                     break;
                 }
             }

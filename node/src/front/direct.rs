@@ -148,7 +148,7 @@ impl Front {
         let mut parts = [const { (Bytes::new(), Source::L1) }; 2];
         for part in &mut parts {
             let Some(touched) = slices.next() else { break };
-            let Some(at_hand) = self.engine.at_hand(key, &found.object, &touched).await else {
+            let Some(at_hand) = self.engine.at_hand(key, found, &touched).await else {
                 return Ok(false);
             };
             *part = at_hand;
