@@ -238,7 +238,8 @@ impl Front {
         Ok(true)
     }
 
-    /// Gives bytes to the client, as slowly as it may take them, a page at a time.
+    /// Gives bytes to the client, as slowly as it may take them: it has its time
+    /// for each page.
     async fn give_directly(
         &self,
         stream: &mut Stream,
@@ -250,15 +251,15 @@ impl Front {
             let before = bytes.remaining();
             // Most clients take it at once: no timer for them.
             let written = futures::poll!(std::pin::pin!(write(stream, &mut bytes)));
-            pace.took((before - bytes.remaining()) as u64, Duration::ZERO);
+            let left = bytes.remaining();
+            pace.took((before - left) as u64, Duration::ZERO);
             if let Poll::Ready(written) = written {
                 return written;
             }
-            let mut page = (&mut bytes).take(PAGE_BYTES);
-            let length = page.remaining() as u64;
-            let writing = std::pin::pin!(write(stream, &mut page));
-            match patiently(pace, length, writing, &mut stalled).await {
-                Some(written) => written?,
+            let page = left.min(PAGE_BYTES);
+            let writing = std::pin::pin!(write_at_least(stream, &mut bytes, page));
+            match patiently(pace, page as u64, writing, &mut stalled).await {
+                Some(beyond) => pace.took(beyond? as u64, Duration::ZERO),
                 None => return Err(self.too_slow()),
             }
         }
@@ -273,6 +274,22 @@ impl Front {
 async fn write(stream: &mut Stream, bytes: &mut impl Buf) -> io::Result<()> {
     stream.write_all_buf(bytes).await?;
     stream.flush().await
+}
+
+/// Writes so many bytes, and what more the socket takes with them: that many more.
+async fn write_at_least(
+    stream: &mut Stream,
+    bytes: &mut impl Buf,
+    least: usize,
+) -> io::Result<usize> {
+    let end = bytes.remaining() - least;
+    while bytes.remaining() > end {
+        if stream.write_buf(bytes).await? == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+    }
+    stream.flush().await?;
+    Ok(end - bytes.remaining())
 }
 
 /// A head as HTTP/1.1 writes it (RFC 9112 section 2.1); the connection stays.
