@@ -222,7 +222,7 @@ impl Engine {
             version: ask.version,
             stamp: ask.stamp,
         };
-        let flight = self.origin_fill(&fill, Some(permit));
+        let (flight, _) = self.origin_fill(&fill, Some(permit));
         let mut reader = flight.read(ask.start..ask.end);
         match reader.next().await {
             None => (Answer::PastEnd, None),

@@ -132,31 +132,35 @@ impl Engine {
         touched: Touched,
         ahead: Option<Permit>,
     ) -> SliceReader {
-        let wanted = touched.start..touched.end;
-        let budget = self.inner.budget.clone();
-        if let Some(flight) = self.inner.fills.get(&fill.slice) {
-            return SliceReader::Flight {
-                reader: flight.read(wanted),
-                joined: true,
-                budget,
-                pin: None,
-            };
-        }
-        let (flight, started) = self.inner.fetches.join(fill.slice, 0..fill.end());
-        let reader = flight.read(wanted);
-        if started {
-            let (engine, guard) = (self.clone(), self.inner.fetches.guard(&flight));
-            self.inner.runtime.spawn(async move {
-                let _guard = guard;
-                engine.fill(fill, flight, ahead).await;
-            });
-        }
+        let (flight, started) = self.flight_of(fill, ahead);
         SliceReader::Flight {
-            reader,
+            reader: flight.read(touched.start..touched.end),
             joined: !started,
-            budget,
+            budget: self.inner.budget.clone(),
             pin: None,
         }
+    }
+
+    /// The flight that brings a slice to this node's clients, and whether this
+    /// call started it.
+    fn flight_of(&self, fill: Fill, permit: Option<Permit>) -> (Arc<Flight>, bool) {
+        if let Some(flight) = self.inner.fills.get(&fill.slice) {
+            return (flight, false);
+        }
+        if self.is_keeper(fill.key, fill.place) {
+            // No peer is to be asked for it: what is filled for all is its clients' too.
+            return self.origin_fill(&fill, permit);
+        }
+        let (flight, started) = self.inner.fetches.join(fill.slice, 0..fill.end());
+        if started {
+            let (engine, flight) = (self.clone(), flight.clone());
+            let guard = self.inner.fetches.guard(&flight);
+            self.inner.runtime.spawn(async move {
+                let _guard = guard;
+                engine.fill(fill, flight, permit).await;
+            });
+        }
+        (flight, started)
     }
 
     /// The wanted bytes of a slice in memory: shared with the store if there is
@@ -357,7 +361,7 @@ impl Engine {
     /// The origin's bytes, through this node's own fill: shared with peers
     /// that ask this node for the same slice.
     async fn from_own_fill(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
-        let own = self.origin_fill(fill, flight.permit());
+        let (own, _) = self.origin_fill(fill, flight.permit());
         let mut reader = own.read(flight.bytes()..flight.range.end);
         flight.note_source(Source::Origin);
         while let Some(part) = reader.next().await {
@@ -368,7 +372,8 @@ impl Engine {
 
     /// The flight that fills a slice from the origin, started if need be. Its
     /// parts are the asker's too, so the asker's permit is enough for both.
-    pub(super) fn origin_fill(&self, fill: &Fill, permit: Option<Permit>) -> Arc<Flight> {
+    /// Also whether this call started it.
+    pub(super) fn origin_fill(&self, fill: &Fill, permit: Option<Permit>) -> (Arc<Flight>, bool) {
         let (flight, started) = self.inner.fills.join(fill.slice, 0..fill.end());
         if let Some(permit) = permit {
             flight.admit(permit);
@@ -381,7 +386,7 @@ impl Engine {
                 engine.fill_here(fill, begun).await;
             });
         }
-        flight
+        (flight, started)
     }
 
     /// Fills a slice without asking a peer to fill it: from what is stored,
@@ -399,9 +404,10 @@ impl Engine {
             return;
         }
         // The flight before ours may have landed after we missed.
-        let is_here = self.from_memory(&fill, &flight) || self.from_disk(&fill, &flight).await;
-        if is_here {
-            self.end_origin_fill(&fill, &flight, Ok(())).await;
+        if self.from_memory(&fill, &flight) || self.from_disk(&fill, &flight).await {
+            // It is kept already.
+            flight.finish(Ok(()));
+            self.inner.fills.remove(&flight);
             return;
         }
         if (fill.version.whole || fill.version.length.is_none())
