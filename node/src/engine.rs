@@ -536,7 +536,8 @@ impl Engine {
             return reader;
         }
         let fill = Fill::of(request.key, manifest, &request.origin, touched.index);
-        self.open_fill(fill, touched, ahead)
+        self.open_cached(&fill, &touched, &ahead)
+            .unwrap_or_else(|| self.open_fill(fill, touched, ahead))
     }
 
     /// The memory budget.

@@ -420,10 +420,14 @@ pub enum Form {
 
 /// One slice being read by one response.
 pub enum SliceReader {
-    /// It was in memory, and is shared with the store.
+    /// It is in memory, and shared with the store.
     Stored {
         /// All of it; checked piece by piece, just before they are given.
         slice: Slice,
+        /// Where it lay.
+        source: Source,
+        /// All of it has been checked just now: the first piece need not be.
+        is_checked: bool,
         /// What is still wanted of it.
         wanted: Range<usize>,
         /// Should it leave the store; `None`: it is small.
@@ -459,13 +463,18 @@ impl SliceReader {
                 (!bytes.is_empty()).then(|| Ok(std::mem::take(bytes)))
             }
             SliceReader::Stored { wanted, .. } if wanted.start >= wanted.end => None,
-            SliceReader::Stored { slice, wanted, .. } => {
+            SliceReader::Stored {
+                slice,
+                is_checked,
+                wanted,
+                ..
+            } => {
                 let most = match form {
                     Form::Large => LARGE_BYTES,
                     Form::Pages | Form::Copies => PAGE_BYTES,
                 };
                 let piece = wanted.start..wanted.end.min(wanted.start + most);
-                if !slice.is_intact_in(piece.clone()) {
+                if !std::mem::take(is_checked) && !slice.is_intact_in(piece.clone()) {
                     return Some(Err(FillError::Damaged));
                 }
                 wanted.start = piece.end;
@@ -517,10 +526,19 @@ impl SliceReader {
         matches!(self, SliceReader::Flight { joined: true, .. })
     }
 
+    /// Whether the store in memory has what is read.
+    pub fn is_stored(&self) -> bool {
+        matches!(
+            self,
+            SliceReader::Stored { .. } | SliceReader::Copied { .. }
+        )
+    }
+
     /// Where the bytes came from, for the counters.
     pub fn source(&self) -> Source {
         match self {
-            SliceReader::Stored { .. } | SliceReader::Copied { .. } => Source::L1,
+            SliceReader::Stored { source, .. } => *source,
+            SliceReader::Copied { .. } => Source::L1,
             SliceReader::Flight { joined: true, .. } => Source::Flight,
             SliceReader::Flight { reader, .. } => {
                 reader.flight().source().unwrap_or(Source::Origin)
@@ -687,6 +705,8 @@ mod tests {
             for form in [Form::Large, Form::Pages, Form::Copies] {
                 let mut reader = SliceReader::Stored {
                     slice: slice.with_flipped_bit(flipped),
+                    source: Source::L1,
+                    is_checked: false,
                     wanted: 4097..whole.len(),
                     pin: None,
                 };

@@ -131,12 +131,17 @@ impl<'a> Pieces<'a> {
                     range.start += u64::from(part.end - part.start);
                     let object = &self.found.object;
                     let reader = self.engine.open(self.request, object, part, ahead);
+                    let was_read = reader.is_stored() && reader.source() == Source::L2;
                     self.opened.push_back(Opened::Slice {
                         reader,
                         part,
                         bytes: 0,
                         failed: 0,
                     });
+                    // The client need not wait for the others to be read.
+                    if was_read {
+                        return;
+                    }
                 }
             }
         }
@@ -214,7 +219,7 @@ impl<'a> Pieces<'a> {
                             if *failed < JOINS_MAX && may_be_had_again(&error, reader) =>
                         {
                             *failed += 1;
-                            if error == FillError::Damaged && reader.source() == Source::L1 {
+                            if error == FillError::Damaged && reader.is_stored() {
                                 self.engine.drop_damaged(self.found.slice_id(part.index));
                             } else if error == FillError::Damaged {
                                 metrics.parts_damaged_total.inc();

@@ -1,6 +1,6 @@
 //! What survives: the disk store and the purges, whatever the end was like.
 
-use pingora_slice_tests::{Film, MIB, Options, TestCluster};
+use pingora_slice_tests::{Film, MIB, Options, SLICE_BYTES, TestCluster};
 
 /// Everything is on this node's disk, as far as it says.
 async fn until_on_disk(cluster: &TestCluster, film: &Film) {
@@ -89,9 +89,41 @@ async fn a_damaged_disk_costs_a_fetch_and_no_wrong_byte() {
     cluster.node(1).read(&film).await;
     until_on_disk(&cluster, &film).await;
     cluster.node_mut(1).kill();
-    // One bit in each 10 000 bytes of every big file.
+    spoil(&cluster.node(1).l2_dir());
+    cluster.node_mut(1).restart().await;
+    cluster.node(1).read(&film).await;
+    cluster.node(1).read(&film).await;
+}
+
+/// What does not fit into memory is given from disk, each byte of it checked.
+#[tokio::test(flavor = "multi_thread")]
+async fn slices_on_disk_are_given_from_there_and_fetched_again_when_damaged() {
+    let cluster = Options::alone()
+        .set("l1_cache_size_bytes", 2 * SLICE_BYTES)
+        .start()
+        .await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", 8 * MIB);
+    let slices = film.length() as f64 / SLICE_BYTES as f64;
+    let from_disk = async || node.metric("slices_total{source=\"l2\"}").await;
+    node.read(&film).await;
+    until_on_disk(&cluster, &film).await;
+    // The second time where they lie is known.
+    for read in 1..=2 {
+        node.read(&film).await;
+        let given = from_disk().await;
+        assert!(given > f64::from(read) * slices / 2.0, "{given}");
+    }
+    assert_eq!(film.fetches() as f64, slices);
+    spoil(&node.l2_dir());
+    node.read(&film).await;
+    assert!(film.fetches() as f64 > slices * 1.5);
+}
+
+/// Flips one bit in each 10 000 bytes of every big file.
+fn spoil(dir: &std::path::Path) {
     let mut damaged = 0;
-    for file in files_below(&cluster.node(1).l2_dir()) {
+    for file in files_below(dir) {
         let mut bytes = std::fs::read(&file).unwrap();
         if bytes.len() as u64 >= MIB {
             bytes.iter_mut().step_by(10_000).for_each(|byte| *byte ^= 4);
@@ -100,9 +132,6 @@ async fn a_damaged_disk_costs_a_fetch_and_no_wrong_byte() {
         }
     }
     assert!(damaged > 0, "no region files were found");
-    cluster.node_mut(1).restart().await;
-    cluster.node(1).read(&film).await;
-    cluster.node(1).read(&film).await;
 }
 
 fn files_below(dir: &std::path::Path) -> Vec<std::path::PathBuf> {

@@ -123,6 +123,32 @@ impl Engine {
         reader
     }
 
+    /// Opens a slice that is on disk, and in the kernel's page cache.
+    pub(super) fn open_cached(
+        &self,
+        fill: &Fill,
+        touched: &Touched,
+        ahead: &Option<Permit>,
+    ) -> Option<SliceReader> {
+        let l2 = self.inner.l2.as_ref()?;
+        let length = fill.slice_bytes()?;
+        let budget = &self.inner.budget;
+        let pin = ahead.clone().or_else(|| budget.ahead(length.into()))?;
+        let slice = l2.slice_now(fill.slice)?;
+        if slice.len() != length as usize {
+            return None;
+        }
+        self.inner.l1.keep_slice(fill.slice, slice.clone());
+        Some(SliceReader::Stored {
+            slice,
+            source: Source::L2,
+            // What is read ahead is given later.
+            is_checked: ahead.is_none(),
+            wanted: touched.start as usize..touched.end.min(length) as usize,
+            pin: Some(pin),
+        })
+    }
+
     /// Opens a slice that is not in memory: by joining its flight, or by a new
     /// one. `ahead` is for bytes that are not wanted yet; what is wanted now
     /// waits for its permit in the flight.
@@ -180,8 +206,13 @@ impl Engine {
             false => None,
         };
         if pin.is_some() || slice.len() <= PAGE_BYTES {
-            let slice = slice.clone();
-            return Some(SliceReader::Stored { slice, wanted, pin });
+            return Some(SliceReader::Stored {
+                slice: slice.clone(),
+                source: Source::L1,
+                is_checked: false,
+                wanted,
+                pin,
+            });
         }
         let page_end = (wanted.start / PAGE_BYTES + 1) * PAGE_BYTES;
         let now = wanted.start..wanted.end.min(page_end);

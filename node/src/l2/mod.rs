@@ -19,6 +19,7 @@
 //! node serves meanwhile, from memory and the origin.
 //! Left out: durability. Nothing is synced, it is a cache.
 
+mod buffers;
 mod index;
 mod region;
 mod row;
@@ -106,6 +107,11 @@ impl L2 {
     /// The whole slice, verified.
     pub async fn slice(&self, id: SliceId) -> Option<Slice> {
         self.store.load_full()?.slice(id).await
+    }
+
+    /// The whole slice, verified, where that needs no wait for the disk.
+    pub fn slice_now(&self, id: SliceId) -> Option<Slice> {
+        self.store.load().as_ref()?.slice_now(id)
     }
 
     /// Bytes `start..end` of a slice: reads and verifies only the pages touched.

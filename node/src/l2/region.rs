@@ -29,6 +29,7 @@ use pingora_slice_cluster::{Generation, SliceId};
 use rustix::fs::FallocateFlags;
 use rustix::io::{Errno, ReadWriteFlags};
 
+use super::buffers::Buffers;
 use crate::l1::{PAGE_BYTES, Slice};
 
 /// First bytes of an entry: name and format version.
@@ -85,8 +86,9 @@ pub struct Regions {
     region_bytes: u32,
     table: Box<[Region]>,
     disk_bytes: AtomicU64,
-    /// Files kept open for [`Regions::read_now`].
+    /// Files kept open for what is read now.
     files: Mutex<HashMap<u32, Arc<File>>>,
+    buffers: Arc<Buffers>,
 }
 
 #[derive(Debug)]
@@ -138,6 +140,7 @@ impl Regions {
             table,
             disk_bytes: AtomicU64::new(bytes),
             files: Mutex::default(),
+            buffers: Arc::default(),
         })
     }
 
@@ -191,7 +194,7 @@ impl Regions {
         end: u32,
     ) -> Result<Bytes, ReadError> {
         let found = File::open(self.path(place.region)).ok().and_then(|file| {
-            let read = |len, at| read_exact(&file, len, at);
+            let read = |len, at| Some(read_exact(&file, len, at)?.into());
             pages(place, sums, start, end, read)
         });
         self.found(place, found)
@@ -216,16 +219,36 @@ impl Regions {
     /// As [`Regions::read`], but only what the kernel has in its page cache:
     /// never waits for the disk.
     pub fn read_now(&self, place: &Place, sums: &[u32], start: u32, end: u32) -> Option<Bytes> {
-        let file = self.open_file(place.region)?;
-        let found = pages(place, sums, start, end, |len, at| {
-            read_cached(&file, len, at)
-        });
+        self.now(place, |file| {
+            let read = |len, at| self.read_cached(file, len, at);
+            pages(place, sums, start, end, read)
+        })
+    }
+
+    /// As [`Regions::read_whole`], but only from the kernel's page cache.
+    pub fn read_whole_now(&self, place: &Place, sums: &[u32]) -> Option<Slice> {
+        self.now(place, |file| {
+            let bytes = self.read_cached(file, place.len as usize, place.bytes_offset())?;
+            Slice::verified(bytes, sums)
+        })
+    }
+
+    fn now<T>(&self, place: &Place, read: impl FnOnce(&File) -> Option<T>) -> Option<T> {
+        let found = read(&*self.open_file(place.region)?);
         if self.is_live(place) {
             return found;
         }
         // The region may have been removed, and its file with it.
         self.files().remove(&place.region);
         None
+    }
+
+    /// What the page cache has; `None` where any of it would have to be read.
+    fn read_cached(&self, file: &File, len: usize, at: u64) -> Option<Bytes> {
+        let mut buffer = self.buffers.take(len);
+        let mut slices = [IoSliceMut::new(buffer.as_mut())];
+        let read = rustix::io::preadv2(file, &mut slices, at, ReadWriteFlags::NOWAIT);
+        (read == Ok(len)).then(|| Bytes::from_owner(buffer))
     }
 
     /// A region's file, kept open.
@@ -532,7 +555,7 @@ fn pages(
     sums: &[u32],
     start: u32,
     end: u32,
-    read: impl FnOnce(usize, u64) -> Option<Vec<u8>>,
+    read: impl FnOnce(usize, u64) -> Option<Bytes>,
 ) -> Option<Bytes> {
     if start >= end {
         return Some(Bytes::new());
@@ -547,15 +570,7 @@ fn pages(
     if !pages.all(|(page, sum)| crc32c(page) == *sum) {
         return None;
     }
-    Some(Bytes::from(bytes).slice(start as usize - from..end as usize - from))
-}
-
-/// What the page cache has; `None` where any of it would have to be read.
-fn read_cached(file: &File, len: usize, at: u64) -> Option<Vec<u8>> {
-    let mut bytes = vec![0; len];
-    let mut slices = [IoSliceMut::new(&mut bytes)];
-    let read = rustix::io::preadv2(file, &mut slices, at, ReadWriteFlags::NOWAIT);
-    (read == Ok(len)).then_some(bytes)
+    Some(bytes.slice(start as usize - from..end as usize - from))
 }
 
 /// Exactly `len` bytes at `at`, into memory that need not be zeroed first.

@@ -50,8 +50,8 @@ pub const QUEUE_BYTES_MAX: u64 = 32 << 20;
 const READS_MAX: usize = 64;
 /// Places remembered at most, of 250 bytes each, where slices are of 1 MiB.
 const PLACES_MAX: usize = 16 * 1024;
-/// Bytes read at most where nothing may wait: some ten microseconds.
-const NOW_BYTES_MAX: u32 = 64 * 1024;
+/// Bytes read at most where nothing may wait: as long as a large write to a socket.
+const NOW_BYTES_MAX: u32 = 1024 * 1024;
 /// How long `stop` lets the writer work on what is queued, and then on closing.
 const STOP_MAX: Duration = Duration::from_secs(10);
 
@@ -64,8 +64,8 @@ pub(super) struct Store {
     places: Arc<Mutex<Places>>,
 }
 
-/// Where slices lie that were read a part of, as the index said it: the parts
-/// read next need not ask it, which may wait for the disk. Slices do not change,
+/// Where slices lie that were read, as the index said it: what is read of them
+/// next need not ask it, which may wait for the disk. Slices do not change,
 /// and a place that no longer holds is known by its region's generation.
 type Places = HashMap<SliceId, (Place, Arc<[u32]>)>;
 
@@ -191,10 +191,25 @@ impl Store {
         self.read(move |l2| match l2.row(id)? {
             SliceRow::Inline(slice) => Some(slice),
             SliceRow::InRegion(place, sums) => {
-                l2.checked(id, &place, l2.shared.regions.read_whole(&place, &sums))
+                let slice = l2.shared.regions.read_whole(&place, &sums);
+                let slice = l2.checked(id, &place, slice)?;
+                l2.remember(id, place, sums);
+                Some(slice)
             }
         })
         .await
+    }
+
+    /// The whole slice, verified, where that needs no wait for the disk.
+    pub(super) fn slice_now(&self, id: SliceId) -> Option<Slice> {
+        let (place, sums) = self.places().get(&id).cloned()?;
+        if place.len > NOW_BYTES_MAX {
+            return None;
+        }
+        let regions = &self.shared.regions;
+        let slice = regions.read_whole_now(&place, &sums)?;
+        regions.hit(&place);
+        Some(slice)
     }
 
     /// Bytes `start..end` of a slice: reads and verifies only the pages touched.
@@ -221,11 +236,7 @@ impl Store {
                 let (start, end) = cut(start, end, place.len);
                 let bytes = l2.shared.regions.read(&place, &sums, start, end);
                 let bytes = l2.checked(id, &place, bytes)?;
-                let mut places = l2.places();
-                if places.len() >= PLACES_MAX {
-                    places.clear();
-                }
-                places.insert(id, (place, sums));
+                l2.remember(id, place, sums);
                 Some(L2Read {
                     bytes,
                     slice_bytes: place.len,
@@ -235,8 +246,16 @@ impl Store {
         .await
     }
 
-    /// A few pages that need no wait for the disk, which a hop to a thread that
-    /// may wait would cost more than.
+    fn remember(&self, id: SliceId, place: Place, sums: Arc<[u32]>) {
+        let mut places = self.places();
+        if places.len() >= PLACES_MAX {
+            places.clear();
+        }
+        places.insert(id, (place, sums));
+    }
+
+    /// Pages that need no wait for the disk, which a hop to a thread that may
+    /// wait would cost more than.
     fn read_now(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
         let (place, sums) = self.places().get(&id).cloned()?;
         let (start, end) = cut(start, end, place.len);

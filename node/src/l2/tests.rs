@@ -352,6 +352,45 @@ async fn a_flipped_bit_is_a_miss_for_its_page_alone() {
     l2.stop().await;
 }
 
+#[tokio::test]
+async fn what_was_read_is_read_again_without_waiting_as_long_as_it_is_good() {
+    const LEN: usize = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let l2 = open(dir.path(), 48 * MIB);
+    for n in 1..4 {
+        keep(&l2, n, LEN).await;
+        assert!(l2.slice_now(id(n)).is_none(), "where it lies is not known");
+        assert!(has(&l2, n, LEN).await);
+    }
+    // Each in memory of its own, for as long as somebody has it.
+    let held: Vec<Slice> = (1..4).map(|n| l2.slice_now(id(n)).unwrap()).collect();
+    for (n, held) in (1..4).zip(&held) {
+        assert_eq!(held.bytes(), slice(n, LEN).bytes());
+        assert_eq!(l2.slice_now(id(n)).unwrap().bytes(), slice(n, LEN).bytes());
+    }
+    drop(held);
+
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(&region_files(dir.path())[0])
+        .unwrap();
+    flip(&file, 700_000);
+    assert!(l2.slice_now(id(1)).is_none(), "damaged");
+    assert!(l2.slice_now(id(2)).is_some());
+    assert!(!has(&l2, 1, LEN).await);
+    assert_eq!(l2.stats().damaged, 1);
+    // Its region is written over again and again.
+    for n in 10..200 {
+        keep(&l2, n, LEN).await;
+    }
+    for n in 1..4 {
+        let again = l2.slice_now(id(n));
+        assert!(again.is_none_or(|again| again.bytes() == slice(n, LEN).bytes()));
+    }
+    l2.stop().await;
+}
+
 fn flip(file: &File, at: u64) {
     use std::os::unix::fs::FileExt;
     let mut byte = [0];

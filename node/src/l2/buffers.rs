@@ -1,0 +1,98 @@
+//! Memory that reads go into, used again and again.
+//!
+//! What may only be read without waiting is read into memory that has been
+//! written before, so each new buffer would be zeroed first; and a large one that
+//! is given back to the allocator comes anew from the kernel, page by page. Kept
+//! are whole pages of slices: the usual reads.
+
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use crate::l1::PAGE_BYTES;
+
+/// Bytes kept for later reads at most.
+const FREE_BYTES_MAX: usize = 8 << 20;
+
+/// The buffers that nobody uses.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    free: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Buffers {
+    /// A buffer of this length; what it holds is left over from its last use.
+    pub fn take(self: &Arc<Self>, len: usize) -> Buffer {
+        let mut free = self.free();
+        let at = free.iter().rposition(|buffer| buffer.len() == len);
+        let kept = at.map(|at| free.swap_remove(at));
+        drop(free);
+        Buffer {
+            bytes: kept.unwrap_or_else(|| vec![0; len]),
+            home: Arc::downgrade(self),
+        }
+    }
+
+    fn give_back(&self, bytes: Vec<u8>) {
+        let mut free = self.free();
+        let kept: usize = free.iter().map(Vec::len).sum();
+        if bytes.len().is_multiple_of(PAGE_BYTES) && kept + bytes.len() <= FREE_BYTES_MAX {
+            free.push(bytes);
+        }
+    }
+
+    fn free(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.free.lock().expect("no panic while held")
+    }
+}
+
+/// One in use; given back when dropped.
+#[derive(Debug)]
+pub struct Buffer {
+    bytes: Vec<u8>,
+    home: Weak<Buffers>,
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl AsMut<[u8]> for Buffer {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(home) = self.home.upgrade() {
+            home.give_back(std::mem::take(&mut self.bytes));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_pages_are_used_again_and_no_more_kept_than_allowed() {
+        let buffers = Arc::<Buffers>::default();
+        let mut first = buffers.take(PAGE_BYTES);
+        first.as_mut()[0] = 7;
+        drop(first);
+        assert_eq!(buffers.take(2 * PAGE_BYTES).as_ref()[0], 0);
+        assert_eq!(buffers.take(PAGE_BYTES).as_ref()[0], 7);
+        drop(buffers.take(PAGE_BYTES - 1));
+        let many: Vec<Buffer> = (0..200).map(|_| buffers.take(PAGE_BYTES)).collect();
+        drop(many);
+        let kept: usize = buffers.free().iter().map(Vec::len).sum();
+        assert_eq!(kept, FREE_BYTES_MAX);
+        assert!(
+            buffers
+                .free()
+                .iter()
+                .all(|kept| kept.len().is_multiple_of(PAGE_BYTES))
+        );
+    }
+}
