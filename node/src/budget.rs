@@ -22,7 +22,8 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, watch};
 
 /// What a node takes whatever it does: 20 MiB of program and threads, the disk
-/// index's cache and memtables (24 MiB), 128 idle origin connections (16 MiB).
+/// index's cache and memtables (24 MiB), places and buffers of disk reads (4 MiB),
+/// 128 idle origin connections (16 MiB).
 pub const FIXED_BYTES: u64 = 64 << 20;
 /// A client's connection: Pingora's read buffer (64 KiB), the piece that is
 /// being written (64 KiB), and the tasks that hold them.

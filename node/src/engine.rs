@@ -274,8 +274,8 @@ struct Inner {
     origin: Origin,
     l1: L1,
     l2: Option<L2>,
-    /// Slices being filled from the origin, and those being fetched from
-    /// peers: apart, so that answering a peer never waits on a peer.
+    /// Slices being filled by this node, from its disk or the origin, and those
+    /// being fetched from peers: apart, so that answering a peer never waits on one.
     fills: Arc<Flights>,
     fetches: Arc<Flights>,
     wholes: Wholes,
@@ -518,8 +518,8 @@ impl Engine {
         })
     }
 
-    /// Reads a slice for a client: what is in memory at once, anything else as
-    /// it lands. With a permit ([`Budget::ahead`]) it is read ahead.
+    /// Reads a slice for a client: what is in memory, or in the kernel's, at
+    /// once, anything else as it lands. With a permit ([`Budget::ahead`]) it is read ahead.
     pub fn open(
         &self,
         request: &Request,

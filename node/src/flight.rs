@@ -134,15 +134,13 @@ impl Flight {
         self.news.send_replace(());
     }
 
-    /// Adds all parts of a slice that is held in one buffer.
-    pub fn land_views(&self, parts: Vec<Part>, buffer_bytes: usize) {
+    /// Adds all of a slice that was stored, and has just been checked.
+    pub fn land_stored(&self, slice: &Slice, source: Source) {
         let mut landed = self.landed();
-        landed.views_of = Some(buffer_bytes);
-        landed.bytes += parts
-            .iter()
-            .map(|part| part.bytes.len() as u32)
-            .sum::<u32>();
-        landed.parts.extend(parts);
+        landed.source = Some(source);
+        landed.views_of = Some(slice.len());
+        landed.bytes += slice.len() as u32;
+        landed.parts.extend(slice.checked_parts());
         drop(landed);
         self.news.send_replace(());
     }
@@ -158,11 +156,12 @@ impl Flight {
         self.landed().permit.clone()
     }
 
-    /// Waits until somebody has given it the right to hold bytes.
+    /// Waits until somebody has given it the right to hold bytes, or ended it.
     pub async fn until_admitted(&self) {
         let mut news = self.news.subscribe();
+        let waits = || !self.is_admitted() && self.outcome().is_none();
         // The flight is held, so its sender is there.
-        while !self.is_admitted() && news.changed().await.is_ok() {}
+        while waits() && news.changed().await.is_ok() {}
     }
 
     /// Whether it has the right to hold bytes.
@@ -420,7 +419,7 @@ pub enum Form {
 
 /// One slice being read by one response.
 pub enum SliceReader {
-    /// It is in memory, and shared with the store.
+    /// It is in memory, all of it, and shared with the store.
     Stored {
         /// All of it; checked piece by piece, just before they are given.
         slice: Slice,
@@ -526,7 +525,7 @@ impl SliceReader {
         matches!(self, SliceReader::Flight { joined: true, .. })
     }
 
-    /// Whether the store in memory has what is read.
+    /// Whether it is a slice in memory, and no flight.
     pub fn is_stored(&self) -> bool {
         matches!(
             self,
@@ -785,7 +784,7 @@ mod tests {
         let slice = Slice::new(bytes.clone());
         let flights = Flights::default();
         let (flight, _) = flights.join(id(), 0..bytes.len() as u32);
-        flight.land_views(slice.parts(0..slice.len()).unwrap(), slice.len());
+        flight.land_stored(&slice, Source::L2);
         let is_view = |piece: &Bytes| bytes.as_ptr_range().contains(&piece.as_ptr());
         let all = 0..bytes.len() as u32;
 

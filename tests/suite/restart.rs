@@ -1,6 +1,8 @@
 //! What survives: the disk store and the purges, whatever the end was like.
 
-use pingora_slice_tests::{Film, MIB, Options, SLICE_BYTES, TestCluster};
+use std::time::Duration;
+
+use pingora_slice_tests::{Fault, Film, MIB, Options, SLICE_BYTES, TestCluster};
 
 /// Everything is on this node's disk, as far as it says.
 async fn until_on_disk(cluster: &TestCluster, film: &Film) {
@@ -118,6 +120,36 @@ async fn slices_on_disk_are_given_from_there_and_fetched_again_when_damaged() {
     spoil(&node.l2_dir());
     node.read(&film).await;
     assert!(film.fetches() as f64 > slices * 1.5);
+}
+
+/// A body that brings something else holds up nobody who wants what is here.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_on_disk_does_not_wait_for_a_body_under_way() {
+    let mut cluster = TestCluster::alone().await;
+    let film = cluster.origin.publish("/film", 8 * MIB);
+    film.always(Fault::IgnoreRange);
+    cluster.node(1).read(&film).await;
+    until_on_disk(&cluster, &film).await;
+    cluster.node_mut(1).terminate().await;
+    // Of the first slice alone.
+    let regions = files_below(&cluster.node(1).l2_dir().join("regions"));
+    let first = regions.iter().min().unwrap();
+    let mut bytes = std::fs::read(first).unwrap();
+    bytes[1000] ^= 4;
+    std::fs::write(first, bytes).unwrap();
+    cluster.node_mut(1).restart().await;
+    film.behave().always(Fault::StallAfter(1000));
+    let node = cluster.node(1);
+    let stalled = node.read_range(&film, 0, MIB);
+    let served = async {
+        film.until("the body is under way", |log| log.len() > 1)
+            .await;
+        node.read_range(&film, 4 * MIB, 6 * MIB).await;
+    };
+    tokio::select! {
+        _ = stalled => panic!("the first slice was not damaged"),
+        served = tokio::time::timeout(Duration::from_secs(20), served) => served.unwrap(),
+    }
 }
 
 /// Flips one bit in each 10 000 bytes of every big file.

@@ -1,4 +1,5 @@
-//! Where the bytes of a slice come from, told once: see [`Engine::fill`].
+//! Where the bytes of a slice come from, told once: see [`Engine::fill`], and
+//! `fill_here` for the slices that this node owns.
 
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard};
@@ -171,6 +172,9 @@ impl Engine {
     /// call started it.
     fn flight_of(&self, fill: Fill, permit: Option<Permit>) -> (Arc<Flight>, bool) {
         if let Some(flight) = self.inner.fills.get(&fill.slice) {
+            if let Some(permit) = permit {
+                flight.admit(permit);
+            }
             return (flight, false);
         }
         if self.is_keeper(fill.key, fill.place) {
@@ -259,7 +263,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Fills a slice that this node's client wants: the whole algorithm.
+    /// Fills a slice that this node's client wants, and another node owns.
     async fn fill(&self, fill: Fill, flight: Arc<Flight>, permit: Option<Permit>) {
         let result = match self.admit(&flight, permit).await {
             Ok(()) => self.fill_from_somewhere(&fill, &flight).await,
@@ -280,7 +284,8 @@ impl Engine {
         flight: &Arc<Flight>,
     ) -> Result<(), FillError> {
         // The flight before ours may have landed after we missed.
-        if self.from_memory(fill, flight) || self.from_disk(fill, flight).await {
+        if let Some((slice, source)) = self.stored(fill).await {
+            flight.land_stored(&slice, source);
             return Ok(());
         }
         for owner in self.owners(fill.key, fill.place) {
@@ -297,37 +302,20 @@ impl Engine {
         self.from_own_fill(fill, flight).await
     }
 
-    /// What lies in this node's memory.
-    fn from_memory(&self, fill: &Fill, flight: &Arc<Flight>) -> bool {
-        let Some(slice) = self.inner.l1.slice(&fill.slice) else {
-            return false;
-        };
-        let Some(parts) = slice.parts(0..slice.len()) else {
-            return false;
-        };
-        flight.note_source(Source::L1);
-        flight.land_views(parts, slice.len());
-        true
-    }
-
-    /// What lies on this node's disk.
-    pub(super) async fn from_disk(&self, fill: &Fill, flight: &Arc<Flight>) -> bool {
-        let Some(l2) = &self.inner.l2 else {
-            return false;
-        };
-        let Some(slice) = l2.slice(fill.slice).await else {
-            return false;
-        };
-        if fill
-            .slice_bytes()
-            .is_some_and(|expected| expected as usize != slice.len())
+    /// The slice, checked, if it lies in this node's memory or on its disk.
+    async fn stored(&self, fill: &Fill) -> Option<(Slice, Source)> {
+        if let Some(slice) = self.inner.l1.slice(&fill.slice)
+            && slice.is_intact_in(0..slice.len())
         {
-            return false;
+            return Some((slice, Source::L1));
         }
-        flight.note_source(Source::L2);
-        flight.land_views(slice.checked_parts(), slice.len());
-        self.inner.l1.keep_slice(fill.slice, slice);
-        true
+        let slice = self.inner.l2.as_ref()?.slice(fill.slice).await?;
+        let expected = fill.slice_bytes();
+        if expected.is_some_and(|expected| expected as usize != slice.len()) {
+            return None;
+        }
+        self.inner.l1.keep_slice(fill.slice, slice.clone());
+        Some((slice, Source::L2))
     }
 
     /// The owner's bytes, from where earlier sources broke off. An error means
@@ -402,7 +390,7 @@ impl Engine {
     }
 
     /// The flight that fills a slice from the origin, started if need be. Its
-    /// parts are the asker's too, so the asker's permit is enough for both.
+    /// parts are the asker's too, so an asker's permit is enough for all.
     /// Also whether this call started it.
     pub(super) fn origin_fill(&self, fill: &Fill, permit: Option<Permit>) -> (Arc<Flight>, bool) {
         let (flight, started) = self.inner.fills.join(fill.slice, 0..fill.end());
@@ -430,15 +418,19 @@ impl Engine {
             }
             return;
         }
-        let under_way = self.inner.wholes.get(fill.slice.generation);
-        if under_way.as_ref().is_some_and(|whole| whole.want(&flight)) || !flight.claim() {
+        // Nobody waits for a body to come to what is here. Not claimed before: the
+        // body may land it meanwhile.
+        if let Some((slice, source)) = self.stored(&fill).await {
+            if flight.claim() {
+                flight.land_stored(&slice, source);
+                // It is kept already.
+                flight.finish(Ok(()));
+                self.inner.fills.remove(&flight);
+            }
             return;
         }
-        // The flight before ours may have landed after we missed.
-        if self.from_memory(&fill, &flight) || self.from_disk(&fill, &flight).await {
-            // It is kept already.
-            flight.finish(Ok(()));
-            self.inner.fills.remove(&flight);
+        let under_way = self.inner.wholes.get(fill.slice.generation);
+        if under_way.as_ref().is_some_and(|whole| whole.want(&flight)) || !flight.claim() {
             return;
         }
         if (fill.version.whole || fill.version.length.is_none())
@@ -459,12 +451,13 @@ impl Engine {
         }
         if let Some(before) = self.owner_before(fill.key, fill.place) {
             match self.from_peer(before, &fill, &flight, true).await {
-                Ok(_) => {
-                    self.end_origin_fill(&fill, &flight, Ok(())).await;
+                Ok(result) => {
+                    self.end_origin_fill(&fill, &flight, result).await;
                     return;
                 }
                 Err(NextSource(why)) => {
-                    tracing::debug!(%before, slice = ?fill.slice, %why, "the owner before has it not")
+                    tracing::debug!(%before, slice = ?fill.slice, %why, "the owner before has it not");
+                    flight.note_source(Source::Origin);
                 }
             }
         }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use crate::l1::PAGE_BYTES;
 
 /// Bytes kept for later reads at most.
-const FREE_BYTES_MAX: usize = 8 << 20;
+const FREE_BYTES_MAX: usize = 2 << 20;
 
 /// The buffers that nobody uses.
 #[derive(Debug, Default)]
@@ -23,7 +23,7 @@ impl Buffers {
     pub fn take(self: &Arc<Self>, len: usize) -> Buffer {
         let mut free = self.free();
         let at = free.iter().rposition(|buffer| buffer.len() == len);
-        let kept = at.map(|at| free.swap_remove(at));
+        let kept = at.map(|at| free.remove(at));
         drop(free);
         Buffer {
             bytes: kept.unwrap_or_else(|| vec![0; len]),
@@ -32,10 +32,15 @@ impl Buffers {
     }
 
     fn give_back(&self, bytes: Vec<u8>) {
+        if !bytes.len().is_multiple_of(PAGE_BYTES) {
+            return;
+        }
         let mut free = self.free();
-        let kept: usize = free.iter().map(Vec::len).sum();
-        if bytes.len().is_multiple_of(PAGE_BYTES) && kept + bytes.len() <= FREE_BYTES_MAX {
-            free.push(bytes);
+        free.push(bytes);
+        // Those that nobody has taken for longest go first.
+        let mut kept: usize = free.iter().map(Vec::len).sum();
+        while kept > FREE_BYTES_MAX {
+            kept -= free.remove(0).len();
         }
     }
 
@@ -86,8 +91,11 @@ mod tests {
         drop(buffers.take(PAGE_BYTES - 1));
         let many: Vec<Buffer> = (0..200).map(|_| buffers.take(PAGE_BYTES)).collect();
         drop(many);
+        drop(buffers.take(FREE_BYTES_MAX / 2));
         let kept: usize = buffers.free().iter().map(Vec::len).sum();
         assert_eq!(kept, FREE_BYTES_MAX);
+        let lengths = buffers.free().iter().map(Vec::len).max();
+        assert_eq!(lengths, Some(FREE_BYTES_MAX / 2), "the last one is kept");
         assert!(
             buffers
                 .free()

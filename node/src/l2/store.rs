@@ -49,7 +49,7 @@ pub const QUEUE_BYTES_MAX: u64 = 32 << 20;
 /// Reads at a time, each on a thread of its own.
 const READS_MAX: usize = 64;
 /// Places remembered at most, of 250 bytes each, where slices are of 1 MiB.
-const PLACES_MAX: usize = 16 * 1024;
+const PLACES_MAX: usize = 8 * 1024;
 /// Bytes read at most where nothing may wait: as long as a large write to a socket.
 const NOW_BYTES_MAX: u32 = 1024 * 1024;
 /// How long `stop` lets the writer work on what is queued, and then on closing.
