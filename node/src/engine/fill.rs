@@ -418,6 +418,10 @@ impl Engine {
             }
             return;
         }
+        if flight.is_claimed() {
+            // A body has come to it meanwhile.
+            return;
+        }
         // Nobody waits for a body to come to what is here. Not claimed before: the
         // body may land it meanwhile.
         if let Some((slice, source)) = self.stored(&fill).await {

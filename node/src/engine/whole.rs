@@ -202,9 +202,12 @@ impl Engine {
             None if index > 0 && self.inner.l1.slice(&id).is_some() => None,
             None => {
                 // Nobody waits for a slice that the body only passes: it is not
-                // worth waiting for memory, unless it cannot be had again.
+                // worth waiting for memory, unless it cannot be had again. Who is
+                // still looking for it elsewhere waits too.
                 let unwanted = is_unread || index < *whole.wanted.borrow();
-                let passed = unwanted && !is_held(fill);
+                let listed = self.inner.fills.get(&id);
+                let is_sought = listed.is_some_and(|flight| flight.is_admitted());
+                let passed = unwanted && !is_held(fill) && !is_sought;
                 let permit = match passed {
                     true => self.inner.budget.ahead(fill.version.slice_bytes.into()),
                     false => None,
