@@ -329,11 +329,7 @@ async fn a_flipped_bit_is_a_miss_for_its_page_alone() {
     let (dir, len) = (tempfile::tempdir().unwrap(), 200_000);
     let l2 = open(dir.path(), 48 * MIB);
     keep(&l2, 1, len).await;
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open(&region_files(dir.path())[0])
-        .unwrap();
+    let file = first_region(dir.path());
     flip(&file, 130_000);
 
     let first = l2.slice_range(id(1), 0, 65_536).await.unwrap();
@@ -370,11 +366,7 @@ async fn what_was_read_is_read_again_without_waiting_as_long_as_it_is_good() {
     }
     drop(held);
 
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open(&region_files(dir.path())[0])
-        .unwrap();
+    let file = first_region(dir.path());
     flip(&file, 700_000);
     assert!(l2.slice_now(id(1)).is_none(), "damaged");
     assert!(l2.slice_now(id(2)).is_some());
@@ -389,6 +381,11 @@ async fn what_was_read_is_read_again_without_waiting_as_long_as_it_is_good() {
         assert!(again.is_none_or(|again| again.bytes() == slice(n, LEN).bytes()));
     }
     l2.stop().await;
+}
+
+fn first_region(dir: &Path) -> File {
+    let path = &region_files(dir)[0];
+    File::options().read(true).write(true).open(path).unwrap()
 }
 
 fn flip(file: &File, at: u64) {
