@@ -20,6 +20,13 @@ pub const PAGE_BYTES: usize = 64 * 1024;
 const STEP_BYTES: usize = 4 * 1024;
 const STEPS: usize = PAGE_BYTES / STEP_BYTES;
 
+/// The same of what is read from disk, where a finer sum would cost the index
+/// more: a 4096th of the bytes.
+pub const DISK_STEP_BYTES: usize = 16 * 1024;
+const _: () = assert!(
+    PAGE_BYTES.is_multiple_of(DISK_STEP_BYTES) && DISK_STEP_BYTES.is_multiple_of(STEP_BYTES)
+);
+
 /// A slice in memory: one run of bytes and a CRC-32C for each page of it,
 /// computed when the bytes came from the origin and carried everywhere since.
 /// Cheap to clone.
@@ -57,10 +64,11 @@ impl Slice {
         }
     }
 
-    /// A slice whose checksums came with it; `None` unless every page matches.
-    pub fn verified(bytes: Bytes, sums: &[u32]) -> Option<Self> {
+    /// A slice as it was on disk, with its [`Slice::disk_sums`]; `None` unless all match.
+    pub fn verified(bytes: Bytes, disk_sums: &[u32]) -> Option<Self> {
         let slice = Slice::new(bytes);
-        slice.sums().eq(sums.iter().copied()).then_some(slice)
+        let is_same = slice.disk_sums().eq(disk_sums.iter().copied());
+        is_same.then_some(slice)
     }
 
     /// All bytes.
@@ -73,6 +81,14 @@ impl Slice {
         self.growing
             .chunks(STEPS)
             .filter_map(|page| page.last().copied())
+    }
+
+    /// The sums that go to disk with it: at the end of each [`DISK_STEP_BYTES`],
+    /// that of its page up to there.
+    pub fn disk_sums(&self) -> impl Iterator<Item = u32> {
+        self.growing
+            .chunks(DISK_STEP_BYTES / STEP_BYTES)
+            .filter_map(|step| step.last().copied())
     }
 
     /// Length in bytes.
@@ -88,18 +104,9 @@ impl Slice {
     /// Whether the bytes of `range`, and what else lies in the steps that it
     /// touches, still match their checksums.
     pub fn is_intact_in(&self, range: Range<usize>) -> bool {
-        let pages = range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES);
-        pages.into_iter().all(|page| {
-            let page = page * PAGE_BYTES..((page + 1) * PAGE_BYTES).min(self.len());
-            let start = range.start.max(page.start) / STEP_BYTES;
-            let end = range.end.min(page.end).div_ceil(STEP_BYTES);
-            let before = match start * STEP_BYTES == page.start {
-                true => 0,
-                false => self.growing[start - 1],
-            };
-            let bytes = &self.bytes[start * STEP_BYTES..(end * STEP_BYTES).min(page.end)];
-            crc32c_append(before, bytes) == self.growing[end - 1]
-        })
+        let start = range.start / STEP_BYTES * STEP_BYTES;
+        let end = range.end.next_multiple_of(STEP_BYTES).min(self.len());
+        are_intact(&self.bytes[start..end], start, &self.growing, STEP_BYTES)
     }
 
     /// All of a slice that has just been checked, in parts of a page.
@@ -138,6 +145,22 @@ impl Slice {
         }
         Some(parts)
     }
+}
+
+/// Whether bytes from `at` of a slice on match its sums, which grow by `step`
+/// within each page. They begin with a step, and end with one or with the slice.
+pub fn are_intact(bytes: &[u8], at: usize, growing: &[u32], step: usize) -> bool {
+    let end = at + bytes.len();
+    (at / PAGE_BYTES..end.div_ceil(PAGE_BYTES)).all(|page| {
+        let start = at.max(page * PAGE_BYTES);
+        let stop = end.min((page + 1) * PAGE_BYTES);
+        let before = match start == page * PAGE_BYTES {
+            true => Some(&0),
+            false => growing.get(start / step - 1),
+        };
+        let sum = before.map(|before| crc32c_append(*before, &bytes[start - at..stop - at]));
+        sum.is_some() && sum.as_ref() == growing.get(stop.div_ceil(step) - 1)
+    })
 }
 
 /// Weight unit of the store, bytes: TinyUFO's weights are 16-bit, and the
@@ -294,8 +317,8 @@ fn weight(item: &Item) -> u16 {
             let manifest = &stored.manifest;
             let fields = manifest.headers.iter();
             let fields: usize = fields.map(|(name, value)| name.len() + value.len()).sum();
-            // Twice: some are kept in other forms beside, and small strings are rounded up.
-            2 * (fields + manifest.url.host.len() + manifest.url.target.len())
+            // Two more times: as a map and as they are written; small strings are rounded up.
+            3 * (fields + manifest.url.host.len() + manifest.url.target.len())
         }
         Item::Varies(varies) => varies.1.iter().map(String::len).sum(),
         Item::Dropped => 0,
@@ -335,11 +358,14 @@ mod tests {
         const LEN: usize = PAGE_BYTES + 2 * STEP_BYTES + 100;
         let bytes: Vec<u8> = (0..LEN).map(|n| (n * 31 % 251) as u8).collect();
         let slice = Slice::new(bytes.clone().into());
-        let sums: Vec<u32> = bytes
-            .chunks(PAGE_BYTES)
-            .map(pingora_slice_cluster::crc32c::crc32c)
-            .collect();
+        let crc32c = pingora_slice_cluster::crc32c::crc32c;
+        let sums: Vec<u32> = bytes.chunks(PAGE_BYTES).map(crc32c).collect();
         assert_eq!(slice.sums().collect::<Vec<_>>(), sums);
+        let sums: Vec<u32> = slice.disk_sums().collect();
+        let ends = (0..LEN).step_by(DISK_STEP_BYTES);
+        let ends = ends.map(|step| (step / PAGE_BYTES * PAGE_BYTES, step + DISK_STEP_BYTES));
+        let prefixes = ends.map(|(page, end)| crc32c(&bytes[page..end.min(LEN)]));
+        assert_eq!(sums, prefixes.collect::<Vec<_>>());
         let edges = [0, 1, STEP_BYTES - 1, STEP_BYTES, PAGE_BYTES - 1, PAGE_BYTES];
         let edges = edges
             .into_iter()

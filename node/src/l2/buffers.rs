@@ -3,11 +3,11 @@
 //! What may only be read without waiting is read into memory that has been
 //! written before, so each new buffer would be zeroed first; and a large one that
 //! is given back to the allocator comes anew from the kernel, page by page. Kept
-//! are whole pages of slices: the usual reads.
+//! are whole steps of slices: the usual reads.
 
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use crate::l1::PAGE_BYTES;
+use crate::l1::DISK_STEP_BYTES;
 
 /// Bytes kept for later reads at most.
 const FREE_BYTES_MAX: usize = 2 << 20;
@@ -32,7 +32,7 @@ impl Buffers {
     }
 
     fn give_back(&self, bytes: Vec<u8>) {
-        if !bytes.len().is_multiple_of(PAGE_BYTES) {
+        if !bytes.len().is_multiple_of(DISK_STEP_BYTES) {
             return;
         }
         let mut free = self.free();
@@ -81,15 +81,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whole_pages_are_used_again_and_no_more_kept_than_allowed() {
+    fn whole_steps_are_used_again_and_no_more_kept_than_allowed() {
         let buffers = Arc::<Buffers>::default();
-        let mut first = buffers.take(PAGE_BYTES);
+        let mut first = buffers.take(DISK_STEP_BYTES);
         first.as_mut()[0] = 7;
         drop(first);
-        assert_eq!(buffers.take(2 * PAGE_BYTES).as_ref()[0], 0);
-        assert_eq!(buffers.take(PAGE_BYTES).as_ref()[0], 7);
-        drop(buffers.take(PAGE_BYTES - 1));
-        let many: Vec<Buffer> = (0..200).map(|_| buffers.take(PAGE_BYTES)).collect();
+        assert_eq!(buffers.take(2 * DISK_STEP_BYTES).as_ref()[0], 0);
+        assert_eq!(buffers.take(DISK_STEP_BYTES).as_ref()[0], 7);
+        drop(buffers.take(DISK_STEP_BYTES - 1));
+        let many: Vec<Buffer> = (0..200).map(|_| buffers.take(DISK_STEP_BYTES)).collect();
         drop(many);
         drop(buffers.take(FREE_BYTES_MAX / 2));
         let kept: usize = buffers.free().iter().map(Vec::len).sum();
@@ -100,7 +100,7 @@ mod tests {
             buffers
                 .free()
                 .iter()
-                .all(|kept| kept.len().is_multiple_of(PAGE_BYTES))
+                .all(|kept| kept.len().is_multiple_of(DISK_STEP_BYTES))
         );
     }
 }

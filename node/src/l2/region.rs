@@ -1,4 +1,5 @@
-//! Region files: the bytes of slices, appended in order, read by page.
+//! Region files: the bytes of slices, appended in order, read by step
+//! ([`DISK_STEP_BYTES`]).
 //!
 //! A region is one preallocated file and the unit of eviction. It has a
 //! generation number, raised each time the writer starts it over; a row of the
@@ -9,7 +10,7 @@
 //! region's generation and its own checksum, so that walking a region stops
 //! where the writer stopped, even if older entries lie beyond. Readers do not
 //! need it: checksums stand in the index row, and only they decide whether a
-//! page is good. Nothing is ever synced; what a crash tears is a miss.
+//! step is good. Nothing is ever synced; what a crash tears is a miss.
 //!
 //! Memory: 8 bytes and one bit per [`HIT_BYTES`] for each region, which is a
 //! 500,000th of the store.
@@ -30,14 +31,14 @@ use rustix::fs::FallocateFlags;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::buffers::Buffers;
-use crate::l1::{PAGE_BYTES, Slice};
+use crate::l1::{DISK_STEP_BYTES, Slice, are_intact};
 
 /// First bytes of an entry: name and format version.
-const MAGIC: [u8; 4] = *b"PSE\x01";
-/// Header without page sums: magic, region generation, generation, index, length, own checksum.
+const MAGIC: [u8; 4] = *b"PSE\x02";
+/// Header without sums: magic, region generation, generation, index, length, own checksum.
 const HEADER_BYTES: usize = 4 + 8 + 16 + 4 + 4 + 4;
-/// Page sums in a header at most: an entry never exceeds the largest region.
-const SUMS_MAX: usize = REGION_BYTES_MAX as usize / PAGE_BYTES;
+/// Sums in a header at most: an entry never exceeds the largest region.
+const SUMS_MAX: usize = REGION_BYTES_MAX as usize / DISK_STEP_BYTES;
 /// Largest region: with offsets and lengths of 32 bits there is room to spare.
 pub const REGION_BYTES_MAX: u32 = 64 << 20;
 /// One hit bit stands for this much of a region; entries that begin in the
@@ -185,7 +186,7 @@ impl Regions {
             .is_some_and(|(word, bit)| word.load(Ordering::Relaxed) & bit != 0)
     }
 
-    /// Bytes `start..end` of the entry (within it), from whole pages that match `sums`.
+    /// Bytes `start..end` of the entry (within it), from whole steps that match `sums`.
     pub fn read(
         &self,
         place: &Place,
@@ -195,7 +196,7 @@ impl Regions {
     ) -> Result<Bytes, ReadError> {
         let found = File::open(self.path(place.region)).ok().and_then(|file| {
             let read = |len, at| Some(read_exact(&file, len, at)?.into());
-            pages(place, sums, start, end, read)
+            steps(place, sums, start, end, read)
         });
         self.found(place, found)
     }
@@ -221,7 +222,7 @@ impl Regions {
     pub fn read_now(&self, place: &Place, sums: &[u32], start: u32, end: u32) -> Option<Bytes> {
         self.now(place, |file| {
             let read = |len, at| self.read_cached(file, len, at);
-            pages(place, sums, start, end, read)
+            steps(place, sums, start, end, read)
         })
     }
 
@@ -409,7 +410,7 @@ impl Head {
             offset: self.at,
             len,
         };
-        let header = encode_header(self.generation, id, len, slice.sums());
+        let header = encode_header(self.generation, id, len, slice.disk_sums());
         write_both(&self.file, &header, slice.bytes(), u64::from(self.at))?;
         self.at += (header.len() + slice.len()) as u32;
         Ok(place)
@@ -490,7 +491,7 @@ pub fn allocate(file: &File, bytes: u64) -> io::Result<()> {
 }
 
 fn header_bytes(len: u32) -> usize {
-    HEADER_BYTES + 4 * (len as usize).div_ceil(PAGE_BYTES)
+    HEADER_BYTES + 4 * (len as usize).div_ceil(DISK_STEP_BYTES)
 }
 
 fn encode_header(
@@ -517,7 +518,7 @@ fn decode_header(bytes: &[u8]) -> Option<(u64, SliceId, u32, Arc<[u32]>)> {
     let (index, rest) = rest.split_first_chunk()?;
     let (len, rest) = rest.split_first_chunk()?;
     let len = u32::from_be_bytes(*len);
-    let sums = rest.get(..4 * (len as usize).div_ceil(PAGE_BYTES))?;
+    let sums = rest.get(..4 * (len as usize).div_ceil(DISK_STEP_BYTES))?;
     let (own, _) = rest[sums.len()..].split_first_chunk()?;
     if crc32c(&bytes[..header_bytes(len) - 4]) != u32::from_be_bytes(*own) {
         return None;
@@ -529,7 +530,7 @@ fn decode_header(bytes: &[u8]) -> Option<(u64, SliceId, u32, Arc<[u32]>)> {
     Some((u64::from_be_bytes(*generation), id, len, decode_sums(sums)))
 }
 
-/// Page sums from their bytes on disk.
+/// Sums from their bytes on disk.
 pub fn decode_sums(bytes: &[u8]) -> Arc<[u32]> {
     bytes
         .as_chunks()
@@ -549,8 +550,8 @@ fn write_both(file: &File, header: &[u8], bytes: &[u8], at: u64) -> io::Result<(
 }
 
 /// Bytes `start..end` of an entry, as `read` gives them (length, offset in the
-/// region), from whole pages that match `sums`.
-fn pages(
+/// region), from whole steps that match `sums`.
+fn steps(
     place: &Place,
     sums: &[u32],
     start: u32,
@@ -560,17 +561,13 @@ fn pages(
     if start >= end {
         return Some(Bytes::new());
     }
-    let first = start as usize / PAGE_BYTES;
-    let from = first * PAGE_BYTES;
-    let to = (end as usize)
-        .next_multiple_of(PAGE_BYTES)
+    let (start, end) = (start as usize, end as usize);
+    let from = start / DISK_STEP_BYTES * DISK_STEP_BYTES;
+    let to = end
+        .next_multiple_of(DISK_STEP_BYTES)
         .min(place.len as usize);
     let bytes = read(to - from, place.bytes_offset() + from as u64)?;
-    let mut pages = bytes.chunks(PAGE_BYTES).zip(sums.get(first..)?);
-    if !pages.all(|(page, sum)| crc32c(page) == *sum) {
-        return None;
-    }
-    Some(bytes.slice(start as usize - from..end as usize - from))
+    are_intact(&bytes, from, sums, DISK_STEP_BYTES).then(|| bytes.slice(start - from..end - from))
 }
 
 /// Exactly `len` bytes at `at`, into memory that need not be zeroed first.

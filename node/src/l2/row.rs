@@ -8,18 +8,19 @@ use bytes::Bytes;
 use pingora_slice_cluster::SliceId;
 
 use super::region::{Place, decode_sums};
-use crate::l1::{PAGE_BYTES, Slice};
+use crate::l1::{DISK_STEP_BYTES, Slice};
 
 /// Slices up to this size live in their row: no page of a region, no second read.
 pub const INLINE_BYTES_MAX: usize = 8 << 10;
 const _: () = assert!(
-    INLINE_BYTES_MAX <= PAGE_BYTES,
-    "an inline row has one page sum"
+    INLINE_BYTES_MAX <= DISK_STEP_BYTES,
+    "an inline row has one sum"
 );
 
 /// Hides what older epochs say.
 pub const FORGOTTEN: u8 = 0;
-const IN_REGION: u8 = 1;
+/// 1 had a sum for each page.
+const IN_REGION: u8 = 3;
 const INLINE: u8 = 2;
 /// An encoded manifest follows.
 pub const MANIFEST: u8 = 1;
@@ -27,7 +28,7 @@ pub const MANIFEST: u8 = 1;
 /// What is kept of a slice.
 #[derive(Clone, Debug)]
 pub enum SliceRow {
-    /// In a region, with its page sums.
+    /// In a region, with its [`Slice::disk_sums`].
     InRegion(Place, Arc<[u32]>),
     /// The slice itself.
     Inline(Slice),
@@ -54,7 +55,7 @@ pub fn encode_slice(row: &SliceRow) -> Vec<u8> {
             row
         }
         SliceRow::Inline(slice) => {
-            let sums = slice.sums().flat_map(u32::to_be_bytes);
+            let sums = slice.disk_sums().flat_map(u32::to_be_bytes);
             std::iter::once(INLINE)
                 .chain(sums)
                 .chain(slice.bytes().iter().copied())
@@ -77,7 +78,7 @@ pub fn decode_slice(row: &[u8]) -> Option<SliceRow> {
                 offset: u32::from_be_bytes(*offset),
                 len: u32::from_be_bytes(*len),
             };
-            let is_whole = sums.len() == 4 * (place.len as usize).div_ceil(PAGE_BYTES);
+            let is_whole = sums.len() == 4 * (place.len as usize).div_ceil(DISK_STEP_BYTES);
             is_whole.then(|| SliceRow::InRegion(place, decode_sums(sums)))
         }
         (&INLINE, rest) => {

@@ -185,7 +185,7 @@ impl Store {
 
     /// The whole slice, verified.
     pub(super) async fn slice(&self, id: SliceId) -> Option<Slice> {
-        if let Some(slice) = self.pending_slice(id) {
+        if let Some(slice) = self.pending_slice(id).or_else(|| self.slice_now(id)) {
             return Some(slice);
         }
         self.read(move |l2| match l2.row(id)? {

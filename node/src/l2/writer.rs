@@ -234,7 +234,7 @@ impl Writer {
         let place = head.append(id, slice)?;
         Ok(self
             .index
-            .put_slice(id, &SliceRow::InRegion(place, slice.sums().collect()))?)
+            .put_slice(id, &SliceRow::InRegion(place, slice.disk_sums().collect()))?)
     }
 
     fn is_kept(&self, id: SliceId) -> bool {
