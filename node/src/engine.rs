@@ -1140,11 +1140,12 @@ impl Engine {
 }
 
 /// Whether a slice on disk is read whole, and kept in memory, where some of its
-/// bytes are wanted: as often as that, over many requests, doubles what is read
-/// from disk. So what is wanted again and again comes into memory, and what is
-/// wanted at random costs its own bytes. `chance` is of 0 to 1.
+/// bytes are wanted: as often as that, over many requests, adds a quarter to what
+/// is read from disk. So what is wanted again and again comes into memory, and what
+/// is wanted at random costs its own bytes. `chance` is of 0 to 1.
 fn is_worth_reading_whole(wanted: u32, slice_bytes: u32, chance: f64) -> bool {
-    chance * f64::from(slice_bytes) < f64::from(wanted)
+    const READ_IN_PARTS: f64 = 4.0;
+    wanted >= slice_bytes || chance * READ_IN_PARTS * f64::from(slice_bytes) < f64::from(wanted)
 }
 
 /// Whether a manifest of which only a part is held can answer a request.
@@ -1196,6 +1197,16 @@ fn reference(url: &Url, value: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_are_read_for_four_times_the_bytes_of_a_slice_and_small_objects_whole() {
+        const SLICE: u32 = 1 << 20;
+        for (wanted, share) in [(65_536, 1.0 / 64.0), (SLICE / 2, 0.125), (SLICE, 1.0)] {
+            let chances = (0..6400).map(|n| f64::from(n) / 6400.0);
+            let read = chances.filter(|chance| is_worth_reading_whole(wanted, SLICE, *chance));
+            assert_eq!(read.count() as f64 / 6400.0, share, "{wanted}");
+        }
+    }
 
     #[test]
     fn references_are_resolved_against_the_url() {
