@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::Poll;
 
 use bytes::{Bytes, BytesMut};
 use pingora_slice_cluster::SliceId;
@@ -22,6 +23,9 @@ use crate::l1::{PAGE_BYTES, Slice};
 
 /// Parts smaller than this are joined: a part costs some 100 bytes beside its own.
 const JOINED_BYTES_MAX: usize = 4096;
+/// Readers are told of so many bytes at the latest, while more are there already:
+/// each time costs a change of threads, and a write to the client.
+const TOLD_BYTES_MAX: u32 = LARGE_BYTES as u32 / 2;
 
 /// Why a slice could not be had.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -86,6 +90,8 @@ pub struct Flight {
 struct Landed {
     parts: Vec<Part>,
     bytes: u32,
+    /// Of these, what readers have not been told of.
+    untold: u32,
     source: Option<Source>,
     claimed: bool,
     outcome: Option<Result<(), FillError>>,
@@ -119,11 +125,20 @@ impl Flight {
         landed.claimed || landed.outcome.is_some()
     }
 
-    /// Adds bytes that follow those that have landed.
+    /// Adds bytes that follow those that have landed, and tells the readers.
     pub fn land(&self, part: Part) {
+        self.land_among(part);
+        self.tell();
+    }
+
+    /// As [`Flight::land`], where more may be there already: the readers are told
+    /// by [`Flight::coming`].
+    pub fn land_among(&self, part: Part) {
         let mut landed = self.landed();
         debug_assert!(landed.outcome.is_none(), "nothing lands after the end");
         landed.bytes += part.bytes.len() as u32;
+        landed.untold += part.bytes.len() as u32;
+        let is_much = landed.untold >= TOLD_BYTES_MAX;
         match landed.parts.last_mut() {
             Some(last) if last.bytes.len() + part.bytes.len() <= JOINED_BYTES_MAX => {
                 *last = joined(last, &part);
@@ -131,7 +146,26 @@ impl Flight {
             _ => landed.parts.push(part),
         }
         drop(landed);
-        self.news.send_replace(());
+        if is_much {
+            self.tell();
+        }
+    }
+
+    /// What comes next. If that is not there yet, the readers are told of what is.
+    pub async fn coming<T>(&self, next: impl Future<Output = T>) -> T {
+        let mut next = std::pin::pin!(next);
+        if let Poll::Ready(next) = futures::poll!(next.as_mut()) {
+            return next;
+        }
+        self.tell();
+        next.await
+    }
+
+    /// Tells the readers of what has landed.
+    pub fn tell(&self) {
+        if std::mem::take(&mut self.landed().untold) > 0 {
+            self.news.send_replace(());
+        }
     }
 
     /// Adds all of a slice that was stored, and has just been checked.
@@ -207,12 +241,18 @@ impl Flight {
         let total = parts.iter().map(|p| p.bytes.len()).sum();
         let mut bytes = BytesMut::with_capacity(total);
         for part in &parts {
-            if !part.is_intact() {
-                return None;
-            }
             bytes.extend_from_slice(&part.bytes);
         }
-        Some(Slice::new(bytes.freeze()))
+        let slice = Slice::new(bytes.freeze());
+        // A peer's parts are the slice's pages: their sums are compared as they are.
+        let (last, others) = parts.split_last()?;
+        let are_pages = last.bytes.len() <= PAGE_BYTES
+            && others.iter().all(|part| part.bytes.len() == PAGE_BYTES);
+        let is_intact = match are_pages {
+            true => slice.sums().eq(parts.iter().map(|part| part.crc32c)),
+            false => parts.iter().all(Part::is_intact),
+        };
+        is_intact.then_some(slice)
     }
 
     /// A reader of the bytes of `range` (from the slice's start), within the flight's own.
@@ -404,7 +444,7 @@ impl Drop for PanicGuard {
 }
 
 /// Bytes checked and given at a time where few calls count.
-pub const LARGE_BYTES: usize = 1024 * 1024;
+pub const LARGE_BYTES: usize = 512 * 1024;
 
 /// How a reader wants the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -552,6 +592,7 @@ fn copy_of(bytes: &Bytes) -> Bytes {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
     use pingora_slice_cluster::Generation;
     use pingora_slice_cluster::crc32c::crc32c;
 
@@ -617,6 +658,41 @@ mod tests {
         let (first, second) = follower.await.unwrap();
         assert_eq!(&first[..], b"abc");
         assert_eq!(second, Err(FillError::Changed));
+    }
+
+    #[tokio::test]
+    async fn readers_are_told_of_much_or_when_nothing_more_is_there() {
+        const PART: usize = 64 * 1024;
+        let part = || Part::new(Bytes::from(vec![7; PART]));
+        let flight = Flight::new(id(), 0..u32::MAX);
+        let mut reader = flight.read(0..u32::MAX);
+        // Whether it was told since it last found nothing more, and what of.
+        let mut taken = || {
+            let is_told = reader.news.has_changed().unwrap();
+            let mut bytes = 0;
+            while let Some(Some(part)) = reader.next().now_or_never() {
+                bytes += part.unwrap().bytes.len();
+            }
+            (is_told, bytes / PART)
+        };
+        for _ in 1..TOLD_BYTES_MAX as usize / PART {
+            flight.coming(std::future::ready(())).await;
+            flight.land_among(part());
+        }
+        assert_eq!(taken(), (false, 3));
+        flight.land_among(part());
+        assert_eq!(taken(), (true, 1));
+        // What pauses before it comes.
+        flight.land_among(part());
+        flight.coming(tokio::task::yield_now()).await;
+        assert_eq!(taken(), (true, 1));
+        flight.coming(tokio::task::yield_now()).await;
+        assert_eq!(taken(), (false, 0));
+        flight.land(part());
+        assert_eq!(taken(), (true, 1));
+        flight.land_among(part());
+        flight.finish(Ok(()));
+        assert_eq!(taken(), (true, 1));
     }
 
     fn unlimited() -> Budget {

@@ -192,7 +192,10 @@ impl Engine {
         {
             if ask.start == 0
                 && let Some(slice) = l2.slice(ask.slice).await
-                && let Some(parts) = slice.parts(0..(ask.end as usize).min(slice.len()))
+                && let Some(parts) = match ask.end as usize {
+                    end if end < slice.len() => slice.parts(0..end),
+                    _ => Some(slice.checked_parts()),
+                }
             {
                 self.inner.l1.keep_slice(ask.slice, slice.clone());
                 return stored(slice.len(), parts, permit);

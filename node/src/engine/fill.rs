@@ -295,7 +295,8 @@ impl Engine {
             match self.from_peer(owner, fill, flight, false).await {
                 Ok(result) => return result,
                 Err(NextSource(why)) => {
-                    tracing::debug!(%owner, slice = ?fill.slice, %why, "owner bypassed")
+                    flight.tell();
+                    tracing::debug!(%owner, slice = ?fill.slice, %why, "owner bypassed");
                 }
             }
         }
@@ -350,7 +351,8 @@ impl Engine {
         };
         flight.note_source(Source::Peer);
         loop {
-            match tokio::time::timeout(PATIENCE, body.next()).await {
+            let next = tokio::time::timeout(PATIENCE, body.next());
+            match flight.coming(next).await {
                 Ok(Some(Ok(part))) => {
                     if flight.bytes() as u64 + part.bytes.len() as u64 > u64::from(flight.range.end)
                     {
@@ -360,7 +362,7 @@ impl Engine {
                         .metrics
                         .bytes_from_peers_total
                         .inc_by(part.bytes.len() as u64);
-                    flight.land(part);
+                    flight.land_among(part);
                 }
                 Ok(Some(Err(broken))) => return Err(NextSource(broken.to_string())),
                 Ok(None)
@@ -383,8 +385,8 @@ impl Engine {
         let (own, _) = self.origin_fill(fill, flight.permit());
         let mut reader = own.read(flight.bytes()..flight.range.end);
         flight.note_source(Source::Origin);
-        while let Some(part) = reader.next().await {
-            flight.land(part?);
+        while let Some(part) = flight.coming(reader.next()).await {
+            flight.land_among(part?);
         }
         Ok(())
     }
@@ -460,6 +462,7 @@ impl Engine {
                     return;
                 }
                 Err(NextSource(why)) => {
+                    flight.tell();
                     tracing::debug!(%before, slice = ?fill.slice, %why, "the owner before has it not");
                     flight.note_source(Source::Origin);
                 }
@@ -625,6 +628,7 @@ impl Engine {
                 break Err(error);
             }
             attempt += 1;
+            flight.tell();
             self.inner.metrics.retried_subrequests_total.inc();
             // Another replica may answer at once: nothing is wrong with this one.
             if !matches!(error, Retry::OtherTag(_)) {
@@ -680,7 +684,7 @@ impl Engine {
         };
         let expected = (whole.end - whole.start) as u32;
         while flight.bytes() < expected {
-            let next = body.next().await;
+            let next = flight.coming(body.next()).await;
             let next = next.inspect_err(|_| self.broke_off(fill))?;
             let Some(mut bytes) = next else {
                 self.broke_off(fill);
@@ -699,7 +703,7 @@ impl Engine {
             // At most a page each, so that peers can pass them on as they are.
             while !bytes.is_empty() {
                 let part = bytes.split_to(bytes.len().min(PAGE_BYTES));
-                flight.land(Part::new(part));
+                flight.land_among(Part::new(part));
             }
         }
         // Reads the framing's end, so that the connection can be used again.
