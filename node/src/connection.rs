@@ -3,9 +3,9 @@
 //!
 //! ```text
 //! HTTP/2  → Pingora
-//! HTTP/1  → a head, in time ┬ plain, and a hit → Front::answer_directly ┐
-//!           ↑               └ anything else → Pingora, from its first byte
-//!           └─────────────────────────── the next ───────────────────────┘
+//! HTTP/1  → a head, in time ┬ plain, out of slices → Front::answer_directly ┐
+//!           ↑               └ anything else → Pingora, from its first byte │
+//!           └──────────────────────────── the next ────────────────────────┘
 //! ```
 //!
 //! Pingora's own timeouts hold for one read each, so a client that sends a byte
@@ -15,6 +15,7 @@
 //! is closed. Not here: a body's pace (`pace`), HTTP/2 connections that are idle
 //! (Pingora).
 
+use std::cell::Cell;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,12 +32,14 @@ use pingora_core::server::ShutdownWatch;
 use pingora_core::server::configuration::ServerConf;
 use pingora_core::services::listening::Service;
 use pingora_proxy::{HttpProxy, http_proxy};
+use pingora_slice_cluster::ObjectKey;
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::budget::{Budget, CONNECTION_BYTES, Permit, STREAM_BYTES};
 use crate::config::ClientTimeouts;
-use crate::front::Front;
+use crate::engine::Resolved;
+use crate::front::{Directly, Front};
 use crate::head::{self, Head};
 use crate::metrics::Metrics;
 use crate::stream::{ClientStream, with_dates};
@@ -50,12 +53,20 @@ const FRESH_FOR: Duration = Duration::from_secs(1);
 tokio::task_local! {
     /// Whether this connection's request head is there.
     static HEAD_IS_THERE: Arc<AtomicBool>;
+    /// What the short way has found out for this request.
+    static RESOLVED: Cell<Option<Box<(ObjectKey, Resolved)>>>;
 }
 
 /// Says that the request head of this task's connection is there.
 pub(crate) fn head_is_there() {
     // HTTP/2 streams begin with their head and have no deadline for it.
     let _ = HEAD_IS_THERE.try_with(|there| there.store(true, Ordering::Relaxed));
+}
+
+/// What is known already of the object that this task's request asks for.
+pub(crate) fn resolved_for(key: ObjectKey) -> Option<Resolved> {
+    let known = RESOLVED.try_with(Cell::take).ok().flatten()?;
+    (known.0 == key).then_some(known.1)
 }
 
 /// Clients' connections of one kind of listener.
@@ -123,6 +134,7 @@ impl Clients {
         let mut fresh = Some(self.front.under_way());
         let mut settings: Option<HttpPersistentSettings> = None;
         loop {
+            let mut resolved = None;
             if !stream.is_beyond() {
                 let waiting = match fresh.is_some() {
                     true => self.timeouts.header,
@@ -152,12 +164,16 @@ impl Clients {
                     && !*shutdown.borrow()
                 {
                     match self.front.answer_directly(&head, stream.direct()).await {
-                        Ok(true) => {
+                        Ok(Directly::Answered) if head::is_last(&head) => {
+                            let _ = stream.direct().as_mut().shutdown().await;
+                            return;
+                        }
+                        Ok(Directly::Answered) => {
                             stream.used(bytes);
                             fresh = None;
                             continue;
                         }
-                        Ok(false) => {}
+                        Ok(Directly::Not(known)) => resolved = known,
                         Err(_) => return,
                     }
                 }
@@ -173,7 +189,8 @@ impl Clients {
                 true => self.timeouts.header,
                 false => self.timeouts.idle + self.timeouts.header,
             };
-            let Some(reused) = self.by_pingora(session, patience, shutdown).await else {
+            let answer = self.by_pingora(session, patience, shutdown);
+            let Some(reused) = RESOLVED.scope(Cell::new(resolved), answer).await else {
                 return;
             };
             let (back, its) = reused.consume();

@@ -7,6 +7,8 @@
 
 mod direct;
 
+pub(crate) use direct::Directly;
+
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -272,8 +274,13 @@ impl Front {
         let total = self.engine.config().client_timeouts.total;
         let total = total.map(|total| tokio::time::Instant::now() + total);
         let mut gone: Option<Generation> = None;
+        let mut resolved = connection::resolved_for(request.key);
         for _ in 0..PLANS_MAX {
-            match self.engine.resolve(&request, gone).await {
+            let resolved = match resolved.take() {
+                Some(resolved) => resolved,
+                None => self.engine.resolve(&request, gone).await,
+            };
+            match resolved {
                 Resolved::Pass(why) => {
                     ctx.passed = Some(why);
                     return Ok(false);
@@ -484,8 +491,27 @@ impl Front {
         plan: Plan,
         fenced: bool,
     ) -> Result<(ResponseHeader, Vec<Piece>)> {
+        let (mut parts, ()) = http::Response::new(()).into_parts();
+        if keeps_fields(&plan) {
+            parts.headers = found.object.fields().clone();
+        }
+        let mut head = ResponseHeader::from(parts);
+        let pieces = self.complete(&mut head, found, plan, fenced)?;
+        Ok((head, pieces))
+    }
+
+    /// Completes a head that has the object's own fields, where it keeps them:
+    /// what depends on the plan and the moment. The body's pieces.
+    fn complete(
+        &self,
+        head: &mut ResponseHeader,
+        found: &Found,
+        plan: Plan,
+        fenced: bool,
+    ) -> Result<Vec<Piece>> {
         let manifest = &found.object.manifest;
         let length = manifest.length();
+        let keeps_fields = keeps_fields(&plan);
         let status = match &plan {
             Plan::Whole => manifest.status,
             Plan::Single(_) | Plan::Multi(_) => 206,
@@ -493,12 +519,6 @@ impl Front {
             Plan::PreconditionFailed => 412,
             Plan::NotSatisfiable => 416,
         };
-        let keeps_fields = !matches!(plan, Plan::PreconditionFailed | Plan::NotSatisfiable);
-        let (mut parts, ()) = http::Response::new(()).into_parts();
-        if keeps_fields {
-            parts.headers = found.object.fields().clone();
-        }
-        let mut head = ResponseHeader::from(parts);
         head.set_status(status)?;
         if status == 304 {
             for name in LEFT_OUT_OF_304 {
@@ -533,7 +553,7 @@ impl Front {
                 head.insert_header(header::CONTENT_LENGTH, range.end - range.start)?;
                 pieces.push(Piece::Bytes(range));
             }
-            Plan::Multi(ranges) => pieces = multipart(&mut head, &ranges, manifest)?,
+            Plan::Multi(ranges) => pieces = multipart(head, &ranges, manifest)?,
             Plan::NotSatisfiable => {
                 head.insert_header(
                     header::CONTENT_RANGE,
@@ -550,11 +570,11 @@ impl Front {
         let now_ms = unix_ms(SystemTime::now());
         head.insert_header(header::AGE, manifest.freshness.age(now_ms))?;
         self.describe(
-            &mut head,
+            head,
             &cache_status(found, now_ms, fenced, self.engine.config().caching.show_key),
             x_cache(found.resolution),
         )?;
-        Ok((head, pieces))
+        Ok(pieces)
     }
 
     /// The fields that say what this cache did.
@@ -728,6 +748,11 @@ async fn patiently<T>(
             Err(_) => return None,
         }
     }
+}
+
+/// Whether an answer carries the object's own fields.
+fn keeps_fields(plan: &Plan) -> bool {
+    !matches!(plan, Plan::PreconditionFailed | Plan::NotSatisfiable)
 }
 
 /// Whether the answer's head is out.

@@ -2,7 +2,7 @@
 //!
 //! A plain head is a GET or HEAD of HTTP/1.1 with one Host and nothing that says
 //! something about the message or the connection: no body, no upgrade, nothing
-//! but `keep-alive` in Connection. Whatever else it is, a fault too, is for
+//! but `keep-alive` or `close` in Connection. Whatever else it is, a fault too, is for
 //! Pingora to read. Pure.
 
 use http::header::{
@@ -15,6 +15,7 @@ use pingora_http::RequestHeader;
 const FIELDS_MAX: usize = 64;
 /// Bytes of a plain head at most.
 const BYTES_MAX: usize = 16 * 1024;
+const CLOSE: &[u8] = b"close";
 /// What no plain head has.
 const NOT_PLAIN: [HeaderName; 4] = [CONTENT_LENGTH, TRANSFER_ENCODING, EXPECT, UPGRADE];
 
@@ -64,7 +65,7 @@ fn plain(request: &httparse::Request) -> Option<RequestHeader> {
         let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
         let value = HeaderValue::from_bytes(field.value).ok()?;
         if NOT_PLAIN.contains(&name)
-            || name == CONNECTION && !value.as_bytes().eq_ignore_ascii_case(b"keep-alive")
+            || name == CONNECTION && (head.headers.contains_key(CONNECTION) || !is_plain(&value))
             || name == HOST && (head.headers.contains_key(HOST) || value.as_bytes().contains(&b'@'))
         {
             return None;
@@ -72,6 +73,17 @@ fn plain(request: &httparse::Request) -> Option<RequestHeader> {
         head.append_header(name, value).ok()?;
     }
     head.headers.contains_key(HOST).then_some(head)
+}
+
+fn is_plain(connection: &HeaderValue) -> bool {
+    let said = connection.as_bytes();
+    said.eq_ignore_ascii_case(b"keep-alive") || said.eq_ignore_ascii_case(CLOSE)
+}
+
+/// Whether a plain head is the last one of its connection.
+pub(crate) fn is_last(head: &RequestHeader) -> bool {
+    let connection = head.headers.get(CONNECTION);
+    connection.is_some_and(|said| said.as_bytes().eq_ignore_ascii_case(CLOSE))
 }
 
 #[cfg(test)]
@@ -89,6 +101,9 @@ mod tests {
         let head = head.plain.unwrap();
         assert_eq!(head.raw_path(), b"/a?b");
         assert_eq!(head.headers["range"], "bytes=0-1");
+        assert!(!is_last(&head));
+        let last = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Close\r\n\r\n";
+        assert!(is_last(&read(last).unwrap().plain.unwrap()));
     }
 
     #[test]
@@ -106,7 +121,7 @@ mod tests {
             "GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n",
             "GET / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n",
             "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n",
-            "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n",
+            "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nConnection: keep-alive\r\n",
             "GET / HTTP/1.1\r\nHost: x\r\nConnection: keep-alive, x-a\r\n",
         ] {
             let found = read(format!("{head}\r\nmore").as_bytes()).unwrap();

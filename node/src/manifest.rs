@@ -4,6 +4,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use pingora_slice_cluster::purge::Subject;
 use pingora_slice_cluster::slice::{HashKey, slice_count};
@@ -152,6 +153,7 @@ pub struct Stored {
     pub manifest: Manifest,
     checked: AtomicU64,
     fields: OnceLock<HeaderMap>,
+    wire: OnceLock<Option<Bytes>>,
 }
 
 impl Stored {
@@ -161,12 +163,23 @@ impl Stored {
             manifest,
             checked: AtomicU64::new(u64::MAX),
             fields: OnceLock::new(),
+            wire: OnceLock::new(),
         }
     }
 
     /// The manifest's fields as a map, made once.
     pub fn fields(&self) -> &HeaderMap {
         self.fields.get_or_init(|| to_map(&self.manifest.headers))
+    }
+
+    /// The manifest's fields as `write` puts them on the wire, written once: one
+    /// run of bytes, where a map has several for each field. `None` where they
+    /// cannot be written before it is known what is answered.
+    pub fn on_the_wire(&self, write: impl FnOnce(HeaderMap) -> Option<Bytes>) -> Option<&Bytes> {
+        let written = self
+            .wire
+            .get_or_init(|| write(to_map(&self.manifest.headers)));
+        written.as_ref()
     }
 
     /// Whether it passed the floors at `version`.

@@ -7,15 +7,17 @@
 //! pieces reach the client (`front`), where a slice's bytes come from (`engine`).
 
 use std::collections::VecDeque;
+use std::io::IoSlice;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
+use futures::FutureExt;
 use pingora_slice_cluster::slice::{Touched, touched};
 
 use crate::budget::Permit;
 use crate::engine::{Engine, Found, Request};
-use crate::flight::{FillError, Form, SliceReader, Source};
+use crate::flight::{FillError, Form, LARGE_BYTES, SliceReader, Source};
 use crate::metrics::Metrics;
 
 /// Flights that may fail a reader before its own does, or be found damaged: a
@@ -40,8 +42,10 @@ pub(crate) struct Pieces<'a> {
     opened: VecDeque<Opened>,
     ahead: usize,
     form: Form,
-    /// For what the piece in the client's hands holds beyond itself.
-    in_hand: Option<Permit>,
+    /// For what the pieces in the client's hands hold beyond themselves.
+    in_hand: Vec<Permit>,
+    /// What came after the last run, where it was no piece: an error, or the end.
+    end: Option<Option<FillError>>,
     /// Time spent waiting for slices.
     pub(crate) waited: Duration,
 }
@@ -87,7 +91,8 @@ impl<'a> Pieces<'a> {
             opened: VecDeque::new(),
             ahead: ahead.max(1),
             form,
-            in_hand: None,
+            in_hand: Vec::new(),
+            end: None,
             waited: Duration::ZERO,
         }
     }
@@ -187,11 +192,46 @@ impl<'a> Pieces<'a> {
         }
     }
 
-    pub(crate) async fn next(
-        &mut self,
-        metrics: &Metrics,
-    ) -> Option<std::result::Result<Bytes, FillError>> {
-        self.in_hand = None;
+    /// The next piece; the one before is in nobody's hands any more.
+    pub(crate) async fn next(&mut self, metrics: &Metrics) -> Option<Result<Bytes, FillError>> {
+        self.in_hand.clear();
+        self.step(metrics).await
+    }
+
+    /// As [`Pieces::next`], and the pieces after it that are there already, as
+    /// far as there is memory for them: about [`LARGE_BYTES`] in one write.
+    pub(crate) async fn next_run(&mut self, metrics: &Metrics) -> Option<Result<Run, FillError>> {
+        self.in_hand.clear();
+        if let Some(end) = self.end.take() {
+            return end.map(Err);
+        }
+        let mut run = Run::default();
+        match self.step(metrics).await? {
+            Ok(piece) => run.push(piece),
+            Err(error) => return Some(Err(error)),
+        }
+        if run.remaining() >= LARGE_BYTES {
+            return Some(Ok(run));
+        }
+        if let Some(permit) = self.engine.budget().ahead(LARGE_BYTES as u64) {
+            self.in_hand.push(permit);
+            while run.remaining() < LARGE_BYTES {
+                let next = self.step(metrics).now_or_never();
+                match next {
+                    Some(Some(Ok(piece))) => run.push(piece),
+                    // Given first is what came before it.
+                    Some(end) => {
+                        self.end = Some(end.and_then(Result::err));
+                        break;
+                    }
+                    None => break,
+                }
+            }
+        }
+        Some(Ok(run))
+    }
+
+    async fn step(&mut self, metrics: &Metrics) -> Option<Result<Bytes, FillError>> {
         loop {
             self.fill_window();
             match self.opened.front_mut()? {
@@ -212,7 +252,7 @@ impl<'a> Pieces<'a> {
                     match next {
                         Some(Ok(piece)) => {
                             *bytes += piece.len() as u64;
-                            self.in_hand = reader.pin();
+                            self.in_hand.extend(reader.pin());
                             return Some(Ok(piece));
                         }
                         Some(Err(error))
@@ -274,6 +314,51 @@ impl<'a> Pieces<'a> {
     }
 }
 
+/// Pieces that follow one another, for one write.
+#[derive(Debug, Default)]
+pub(crate) struct Run {
+    pieces: VecDeque<Bytes>,
+    left: usize,
+}
+
+impl Run {
+    fn push(&mut self, piece: Bytes) {
+        if !piece.is_empty() {
+            self.left += piece.len();
+            self.pieces.push_back(piece);
+        }
+    }
+}
+
+impl Buf for Run {
+    fn remaining(&self) -> usize {
+        self.left
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.pieces.front().map_or(&[], |piece| piece)
+    }
+
+    fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
+        let both = slices.iter_mut().zip(&self.pieces);
+        both.map(|(slice, piece)| *slice = IoSlice::new(piece))
+            .count()
+    }
+
+    fn advance(&mut self, mut bytes: usize) {
+        assert!(bytes <= self.left, "no more than there is");
+        self.left -= bytes;
+        while let Some(piece) = self.pieces.front_mut() {
+            if bytes < piece.len() {
+                piece.advance(bytes);
+                return;
+            }
+            bytes -= piece.len();
+            self.pieces.pop_front();
+        }
+    }
+}
+
 /// Whether another flight may bring what this one did not.
 fn may_be_had_again(error: &FillError, reader: &SliceReader) -> bool {
     match error {
@@ -298,5 +383,34 @@ pub(crate) fn count_slice(metrics: &Metrics, source: Source, bytes: u64) {
         }
         Source::Flight | Source::Peer => metrics.cache_hits_total.inc(),
         Source::Origin => metrics.cache_misses_total.inc(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_read_as_one_piece_however_it_is_taken() {
+        let whole: Vec<u8> = (0..60).collect();
+        for taken in 1..=whole.len() {
+            let mut run = Run::default();
+            for piece in [&whole[..1], &whole[1..21], &[], &whole[21..]] {
+                run.push(Bytes::copy_from_slice(piece));
+            }
+            let mut read = Vec::new();
+            while run.has_remaining() {
+                let mut slices = [IoSlice::new(&[]); 3];
+                let count = run.chunks_vectored(&mut slices);
+                let slices = slices[..count].iter();
+                let mut seen: Vec<u8> = slices.flat_map(|slice| slice.to_vec()).collect();
+                assert!(seen.starts_with(run.chunk()) && !run.chunk().is_empty());
+                seen.truncate(taken);
+                run.advance(seen.len());
+                read.extend(seen);
+                assert_eq!(run.remaining(), whole.len() - read.len());
+            }
+            assert_eq!(read, whole);
+        }
     }
 }

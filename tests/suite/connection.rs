@@ -197,6 +197,61 @@ async fn both_ways_of_a_hit_tell_the_same() {
     }
 }
 
+/// A miss asks the origin for the same, whichever way its answer goes, and tells
+/// the same: what the short way has found out is not asked for again.
+#[tokio::test(flavor = "multi_thread")]
+async fn both_ways_of_a_miss_ask_and_tell_the_same() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let kinds = [
+        ("stored", None),
+        ("missing", Some(Fault::Status(404))),
+        ("refused", Some(Fault::Status(403))),
+        ("no-ranges", Some(Fault::IgnoreRange)),
+        ("no-length", Some(Fault::NoLength)),
+        ("no-store", None),
+    ];
+    for (kind, fault) in kinds {
+        for length in [0, 20 * KIB, 2 * SLICE_BYTES + 5] {
+            for fields in [
+                &[][..],
+                &[("range", "bytes=3-9")],
+                &[("if-none-match", "\"x\"")],
+            ] {
+                let mut told = Vec::new();
+                for (way, connection) in [("short", "close"), ("long", "te")] {
+                    let path = format!("/{kind}-{length}-{}-{way}", fields.len());
+                    let path = format!("{path}{}", fields.first().map_or("", |(name, _)| name));
+                    let film = cluster.origin.publish(&path, length);
+                    if kind == "no-store" {
+                        film.header("cache-control", "no-store");
+                    }
+                    if let Some(fault) = &fault {
+                        film.always(fault.clone());
+                    }
+                    let mut ask = Ask::get(film.path()).header("connection", connection);
+                    for (name, value) in fields {
+                        ask = ask.header(name, value);
+                    }
+                    let reply = node.ask(ask).await;
+                    let mut asked: Vec<String> = film
+                        .seen()
+                        .iter()
+                        .map(|seen| seen.header("range").to_owned())
+                        .collect();
+                    asked.sort();
+                    let said = ["x-cache", "content-length", "content-range", "cache-status"];
+                    let said = said
+                        .map(|name| reply.header(name).split("; ttl").next().map(str::to_owned));
+                    told.push((reply.status, reply.body.len(), said, asked));
+                }
+                let [short, long] = &told[..] else { panic!() };
+                assert_eq!(short, long, "{kind} {length} {fields:?}");
+            }
+        }
+    }
+}
+
 /// While nobody knows where it ends, an answer is in chunks, a hit too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hit_whose_length_is_not_known_yet_has_an_end() {

@@ -1,14 +1,15 @@
-//! The short way: a plain request over HTTP/1.1 for an object that may be answered
-//! from, straight on the client's connection.
+//! The short way: a plain request over HTTP/1.1 that is answered out of slices,
+//! straight on the client's connection.
 //!
 //! ```text
 //! up to 64 KiB   every part at hand → head and parts in one write
-//! more           Pieces, wherever they come from; the head with the first of them
+//! more           Pieces, wherever they come from, as many in one write as are there;
+//!                the head with the first of them
 //! ```
 //!
 //! The decisions are those of the long way, made by the same functions: what is
 //! asked for, whether the object may be used, what is answered. Where more is
-//! needed nothing is written, and the long way begins anew. Not here: which
+//! needed nothing is written, and the long way goes on with what was found. Not here: which
 //! requests are plain (`head`), where bytes come from (`engine`, `pieces`).
 
 use std::io;
@@ -20,7 +21,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::Method;
-use http::header::DATE;
+use http::header::{
+    ACCEPT_RANGES, AGE, CONTENT_LENGTH, CONTENT_RANGE, DATE, HeaderMap, TRANSFER_ENCODING,
+};
 use httpdate::fmt_http_date;
 use pingora_core::protocols::Stream;
 use pingora_http::{RequestHeader, ResponseHeader};
@@ -29,12 +32,13 @@ use pingora_slice_cluster::slice::touched;
 use tokio::io::AsyncWriteExt;
 
 use super::{Front, patiently, until_total};
-use crate::engine::{Found, Request};
+use crate::engine::{Found, Request, Resolved};
 use crate::flight::{FillError, Form, Source};
+use crate::head;
 use crate::l1::PAGE_BYTES;
 use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces, count_slice};
-use crate::plan;
+use crate::plan::{self, Plan};
 use crate::stream::DATE_BYTES;
 
 /// A body of so many bytes is taken from where it lies; while the client takes
@@ -43,9 +47,17 @@ const SMALL_BYTES: u64 = PAGE_BYTES as u64;
 /// Room for a usual head.
 const HEAD_BYTES: usize = 1024;
 
+/// How a plain request was answered.
+pub(crate) enum Directly {
+    /// Here.
+    Answered,
+    /// Not yet: nothing was written. What is known of the object, where it was
+    /// asked for: the long way goes on with it.
+    Not(Option<Box<(ObjectKey, Resolved)>>),
+}
+
 impl Front {
-    /// Answers a plain request if there is an object that may be answered from;
-    /// `false`: nothing was written.
+    /// Answers a plain request out of slices.
     ///
     /// # Errors
     /// The connection is of no use any more.
@@ -53,15 +65,47 @@ impl Front {
         &self,
         head: &RequestHeader,
         stream: &mut Stream,
-    ) -> io::Result<bool> {
+    ) -> io::Result<Directly> {
         let started = Instant::now();
+        let _under_way = self.under_way();
         let fields = Arc::new(head.headers.clone());
         let Ok(Ok(request)) = self.request(head, &fields) else {
-            return Ok(false);
+            return Ok(Directly::Not(None));
         };
-        let Some(found) = self.engine.hit(&request) else {
-            return Ok(false);
-        };
+        if let Some(found) = self.engine.hit(&request) {
+            let given = self.give_found(head, &fields, stream, &request, &found, started);
+            return Ok(match given.await? {
+                true => Directly::Answered,
+                false => Directly::Not(None),
+            });
+        }
+        // What is done without a lease is the long way's (rule 5).
+        if !self.engine.cluster().may_serve() {
+            return Ok(Directly::Not(None));
+        }
+        // In a box: what waits for its next request has no room for it.
+        let resolved = Box::pin(self.engine.resolve(&request, None)).await;
+        if let Resolved::Object(found) = &resolved
+            && found.informational.is_empty()
+            && self
+                .give_found(head, &fields, stream, &request, found, started)
+                .await?
+        {
+            return Ok(Directly::Answered);
+        }
+        Ok(Directly::Not(Some(Box::new((request.key, resolved)))))
+    }
+
+    /// Answers with an object that may be used; `false`: nothing was written.
+    async fn give_found(
+        &self,
+        head: &RequestHeader,
+        fields: &HeaderMap,
+        stream: &mut Stream,
+        request: &Request,
+        found: &Found,
+        started: Instant,
+    ) -> io::Result<bool> {
         if found.object.manifest.length().is_none() {
             // Chunks are Pingora's to write.
             return Ok(false);
@@ -69,9 +113,23 @@ impl Front {
         let Some(answering) = self.engine.answering(&found.object) else {
             return Ok(false);
         };
-        let is_get = head.method == Method::GET;
-        let plan = plan::plan(is_get, &fields, &found.object.manifest);
-        let Ok((head, pieces)) = self.head(&found, plan, false) else {
+        let (is_get, is_last) = (head.method == Method::GET, head::is_last(head));
+        let plan = plan::plan(is_get, fields, &found.object.manifest);
+        let stored = match plan {
+            Plan::Whole | Plan::Single(_) if found.object.manifest.status == 200 => {
+                found.object.on_the_wire(stored_on_the_wire)
+            }
+            _ => None,
+        };
+        let complete = match stored {
+            Some(_) => {
+                let mut head = ResponseHeader::from(http::Response::new(()).into_parts().0);
+                let pieces = self.complete(&mut head, found, plan, false);
+                pieces.map(|pieces| (head, pieces))
+            }
+            None => self.head(found, plan, false),
+        };
+        let Ok((head, pieces)) = complete else {
             return Ok(false);
         };
         let body = match pieces.as_slice() {
@@ -79,7 +137,8 @@ impl Front {
             [Piece::Bytes(_)] | [] => 0..0,
             _ => return Ok(false),
         };
-        let Some(head) = on_the_wire(&head) else {
+        let stored = stored.map_or(&[][..], |stored| stored);
+        let Some(head) = on_the_wire(&head, stored, is_last) else {
             return Ok(false);
         };
         let has_begun = AtomicBool::new(false);
@@ -93,15 +152,14 @@ impl Front {
                 .time_to_first_byte_seconds
                 .observe(started.elapsed().as_secs_f64());
         };
-        let _under_way = self.under_way();
         let answered = async {
             match body.end - body.start <= SMALL_BYTES {
                 true => {
-                    self.give_small(stream, head, request.key, &found, &body, begin)
+                    self.give_small(stream, head, request.key, found, &body, begin)
                         .await
                 }
                 false => {
-                    self.give_large(stream, head, &request, &found, &body, begin)
+                    self.give_large(stream, head, is_last, request, found, &body, begin)
                         .await
                 }
             }
@@ -178,10 +236,12 @@ impl Front {
     }
 
     /// Gives a body of any length.
+    #[expect(clippy::too_many_arguments, reason = "one answer, told in two places")]
     async fn give_large(
         &self,
         stream: &mut Stream,
         head: Bytes,
+        is_last: bool,
         request: &Request,
         found: &Found,
         body: &Range<u64>,
@@ -191,7 +251,7 @@ impl Front {
         let ahead = config.max_concurrent_subrequests;
         let pieces = vec![Piece::Bytes(body.clone())];
         let mut pieces = Pieces::new(&self.engine, request, found, pieces, ahead, Form::Large);
-        let first = match pieces.next(&self.metrics).await {
+        let first = match pieces.next_run(&self.metrics).await {
             Some(Ok(first)) => first,
             Some(Err(FillError::Failed { status, .. })) => {
                 tracing::warn!(url = %request.url, status, "request failed");
@@ -200,7 +260,7 @@ impl Front {
                     .map_err(io::Error::other)?;
                 let now = fmt_http_date(SystemTime::now());
                 refusal.insert_header(DATE, now).map_err(io::Error::other)?;
-                let refusal = on_the_wire(&refusal).unwrap_or_default();
+                let refusal = on_the_wire(&refusal, &[], is_last).unwrap_or_default();
                 begin();
                 let mut pace = Pace::new(config.client_timeouts);
                 self.give_directly(stream, &mut pace, refusal, || {})
@@ -214,17 +274,17 @@ impl Front {
         self.count_response(found);
         let mut pace = Pace::new(config.client_timeouts);
         let (mut head, mut next) = (head, Some(first));
-        while let Some(piece) = next {
+        while let Some(run) = next {
             self.metrics
                 .bytes_to_client_total
-                .inc_by(piece.len() as u64);
-            let bytes = std::mem::take(&mut head).chain(piece);
+                .inc_by(run.remaining() as u64);
+            let bytes = std::mem::take(&mut head).chain(run);
             let stalled = || pieces.let_go(&self.metrics);
             self.give_directly(stream, &mut pace, bytes, stalled)
                 .await?;
-            next = match pieces.next(&self.metrics).await {
+            next = match pieces.next_run(&self.metrics).await {
                 None => None,
-                Some(Ok(piece)) => Some(piece),
+                Some(Ok(run)) => Some(run),
                 // The head is out: cut the connection, so that the client sees it.
                 Some(Err(error)) => {
                     tracing::warn!(url = %request.url, %error, "answer cut short");
@@ -292,19 +352,45 @@ async fn write_at_least(
     Ok(end - bytes.remaining())
 }
 
-/// A head as HTTP/1.1 writes it (RFC 9112 section 2.1); the connection stays.
-/// `None` without a Date, which is Pingora's to add (`stream`).
-fn on_the_wire(head: &ResponseHeader) -> Option<Bytes> {
-    if head.headers.get(DATE)?.len() != DATE_BYTES {
+/// A head as HTTP/1.1 writes it (RFC 9112 section 2.1), its first fields written
+/// already ([`stored_on_the_wire`]). `None` without a Date, which is Pingora's to
+/// add (`stream`).
+fn on_the_wire(head: &ResponseHeader, stored: &[u8], is_last: bool) -> Option<Bytes> {
+    if stored.is_empty() && head.headers.get(DATE)?.len() != DATE_BYTES {
         return None;
     }
-    let mut wire = BytesMut::with_capacity(HEAD_BYTES);
+    let mut wire = BytesMut::with_capacity(HEAD_BYTES + stored.len());
     wire.put_slice(b"HTTP/1.1 ");
     wire.put_slice(head.status.as_str().as_bytes());
     wire.put_u8(b' ');
     wire.put_slice(head.get_reason_phrase().unwrap_or_default().as_bytes());
     wire.put_slice(b"\r\n");
+    wire.put_slice(stored);
     head.header_to_h1_wire(&mut wire);
-    wire.put_slice(b"Connection: keep-alive\r\n\r\n");
+    wire.put_slice(match is_last {
+        true => b"Connection: close\r\n\r\n",
+        false => b"Connection: keep-alive\r\n\r\n",
+    });
+    Some(wire.freeze())
+}
+
+/// The fields of an object that answers of its bytes (200 and 206) carry as they
+/// are: without those that [`Front::complete`] sets. `None` where it may remove
+/// others, or the object has no Date.
+fn stored_on_the_wire(mut fields: HeaderMap) -> Option<Bytes> {
+    let has_date = fields
+        .get(DATE)
+        .is_some_and(|date| date.len() == DATE_BYTES);
+    if !has_date || fields.contains_key(CONTENT_RANGE) || fields.contains_key(TRANSFER_ENCODING) {
+        return None;
+    }
+    for name in [ACCEPT_RANGES, AGE, CONTENT_LENGTH] {
+        fields.remove(name);
+    }
+    fields.remove("x-cache");
+    let (mut parts, ()) = http::Response::new(()).into_parts();
+    parts.headers = fields;
+    let mut wire = BytesMut::new();
+    ResponseHeader::from(parts).header_to_h1_wire(&mut wire);
     Some(wire.freeze())
 }
