@@ -105,6 +105,16 @@ pub fn build_floors() -> Result<PathBuf> {
         .context("cargo has not said where they are")
 }
 
+/// Touches as much memory as a turn may take anew, and frees it. What a machine's
+/// host has taken back meanwhile comes again here, ten times as slowly as other
+/// memory, and not in the turn of whoever happens to meet it.
+pub fn touch_memory() {
+    const BLOCK_BYTES: usize = 1 << 20;
+    const BLOCKS: usize = 3 * 1024;
+    let touched: Vec<Vec<u8>> = (0..BLOCKS).map(|_| vec![1; BLOCK_BYTES]).collect();
+    std::hint::black_box(&touched);
+}
+
 /// A program on one core, killed when dropped.
 pub struct Pinned {
     child: Child,

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use crate::Settings;
 use crate::load::{Pattern, delaying_relay, read, wrk};
 use crate::machine::{
-    self, CLIENT_CORE, SERVER_CORE, cpu_seconds, floor_json, pin, resident_bytes,
+    self, CLIENT_CORE, SERVER_CORE, cpu_seconds, floor_json, pin, resident_bytes, touch_memory,
 };
 use crate::peers::{Home, Server};
 use crate::purges;
@@ -436,6 +436,7 @@ impl Bench<'_> {
                     .ours(&[("enable_l2_cache", l2), ("l2_cache_size_bytes", "4g")])
                     .await?;
                 let us = Side::ours(&ours);
+                touch_memory();
                 let before = cpu_seconds(us.pid);
                 time[at] = read(us.address, BIG).await?.1.as_secs_f64();
                 if l2 == "true" {
@@ -789,6 +790,7 @@ pub fn number(line: &Value, name: &str) -> Result<f64> {
 
 /// Seconds, CPU per MiB (microseconds), and bytes of the first read of 1 GiB.
 async fn cold_read(side: Side<'_>) -> Result<([f64; 2], u64)> {
+    touch_memory();
     let before = cpu_seconds(side.pid);
     let (length, time) = read(side.address, BIG).await?;
     let cpu = (cpu_seconds(side.pid) - before) * 1e6 / (length as f64 / MIB);
