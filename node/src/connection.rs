@@ -38,8 +38,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::budget::{Budget, CONNECTION_BYTES, Permit, STREAM_BYTES};
 use crate::config::ClientTimeouts;
-use crate::engine::Resolved;
-use crate::front::{Directly, Front};
+use crate::front::{Directly, Front, Known};
 use crate::head::{self, Head};
 use crate::metrics::Metrics;
 use crate::stream::{ClientStream, with_dates};
@@ -54,7 +53,7 @@ tokio::task_local! {
     /// Whether this connection's request head is there.
     static HEAD_IS_THERE: Arc<AtomicBool>;
     /// What the short way has found out for this request.
-    static RESOLVED: Cell<Option<Box<(ObjectKey, Resolved)>>>;
+    static KNOWN: Cell<Option<Box<Known>>>;
 }
 
 /// Says that the request head of this task's connection is there.
@@ -64,9 +63,9 @@ pub(crate) fn head_is_there() {
 }
 
 /// What is known already of the object that this task's request asks for.
-pub(crate) fn resolved_for(key: ObjectKey) -> Option<Resolved> {
-    let known = RESOLVED.try_with(Cell::take).ok().flatten()?;
-    (known.0 == key).then_some(known.1)
+pub(crate) fn known_of(key: ObjectKey) -> Option<Known> {
+    let known = KNOWN.try_with(Cell::take).ok().flatten()?;
+    (known.key == key).then_some(*known)
 }
 
 /// Clients' connections of one kind of listener.
@@ -134,7 +133,7 @@ impl Clients {
         let mut fresh = Some(self.front.under_way());
         let mut settings: Option<HttpPersistentSettings> = None;
         loop {
-            let mut resolved = None;
+            let mut known = None;
             if !stream.is_beyond() {
                 let waiting = match fresh.is_some() {
                     true => self.timeouts.header,
@@ -165,7 +164,8 @@ impl Clients {
                 {
                     match self.front.answer_directly(&head, stream.direct()).await {
                         Ok(Directly::Answered) if head::is_last(&head) => {
-                            let _ = stream.direct().as_mut().shutdown().await;
+                            let end = stream.direct().as_mut().shutdown();
+                            let _ = tokio::time::timeout(self.timeouts.write, end).await;
                             return;
                         }
                         Ok(Directly::Answered) => {
@@ -173,7 +173,7 @@ impl Clients {
                             fresh = None;
                             continue;
                         }
-                        Ok(Directly::Not(known)) => resolved = known,
+                        Ok(Directly::Not(found)) => known = found,
                         Err(_) => return,
                     }
                 }
@@ -190,7 +190,7 @@ impl Clients {
                 false => self.timeouts.idle + self.timeouts.header,
             };
             let answer = self.by_pingora(session, patience, shutdown);
-            let Some(reused) = RESOLVED.scope(Cell::new(resolved), answer).await else {
+            let Some(reused) = KNOWN.scope(Cell::new(known), answer).await else {
                 return;
             };
             let (back, its) = reused.consume();

@@ -7,7 +7,7 @@
 
 mod direct;
 
-pub(crate) use direct::Directly;
+pub(crate) use direct::{Directly, Known};
 
 use std::ops::Range;
 use std::pin::Pin;
@@ -24,7 +24,6 @@ use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{ProxyHttp, Session};
-use pingora_slice_cluster::Generation;
 use pingora_slice_cluster::slice::HashKey;
 use pingora_slice_cluster::wire::{Headers, OriginRequest, Resolution};
 use tokio_util::task::TaskTracker;
@@ -266,15 +265,18 @@ impl Front {
             Ok(Ok(request)) => request,
         };
         let is_get = head.method == Method::GET;
+        let (mut resolved, mut gone) = (None, None);
+        if let Some(known) = connection::known_of(request.key) {
+            (resolved, gone) = (known.resolved, known.gone);
+            ctx.started = known.started;
+        }
         ctx.fenced = !self.engine.cluster().may_serve();
         if ctx.fenced {
             self.metrics.fenced_requests_total.inc();
         }
 
         let total = self.engine.config().client_timeouts.total;
-        let total = total.map(|total| tokio::time::Instant::now() + total);
-        let mut gone: Option<Generation> = None;
-        let mut resolved = connection::resolved_for(request.key);
+        let total = total.map(|total| tokio::time::Instant::from_std(ctx.started) + total);
         for _ in 0..PLANS_MAX {
             let resolved = match resolved.take() {
                 Some(resolved) => resolved,

@@ -214,18 +214,21 @@ impl<'a> Pieces<'a> {
             return Some(Ok(run));
         }
         if let Some(permit) = self.engine.budget().ahead(LARGE_BYTES as u64) {
-            self.in_hand.push(permit);
             while run.remaining() < LARGE_BYTES {
                 let next = self.step(metrics).now_or_never();
                 match next {
                     Some(Some(Ok(piece))) => run.push(piece),
                     // Given first is what came before it.
                     Some(end) => {
+                        self.opened.clear();
                         self.end = Some(end.and_then(Result::err));
                         break;
                     }
                     None => break,
                 }
+            }
+            if run.pieces.len() > 1 {
+                self.in_hand.push(permit);
             }
         }
         Some(Ok(run))

@@ -252,6 +252,40 @@ async fn both_ways_of_a_miss_ask_and_tell_the_same() {
     }
 }
 
+/// That a version is gone is found out once: where its manifest lies on disk, and
+/// in memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn both_ways_ask_once_for_a_version_that_is_gone() {
+    let mut cluster = TestCluster::alone().await;
+    for is_restarted in [true, false] {
+        let mut told = Vec::new();
+        for (way, connection) in [("short", "close"), ("long", "te")] {
+            let path = format!("/{way}-{is_restarted}");
+            let film = cluster.origin.publish(&path, 4 * SLICE_BYTES);
+            cluster.node(1).read_range(&film, 0, 10).await;
+            if is_restarted {
+                cluster.node_mut(1).terminate().await;
+                cluster.node_mut(1).restart().await;
+            }
+            film.change();
+            let before = film.seen().len();
+            let last = 4 * SLICE_BYTES - 1;
+            let range = format!("bytes={}-{last}", 3 * SLICE_BYTES);
+            let ask = Ask::get(&path).header("connection", connection);
+            let reply = cluster.node(1).ask(ask.range(&range)).await;
+            assert_eq!(reply.status, 206, "{path}");
+            let at = 3 * SLICE_BYTES;
+            assert_eq!(film.content().difference(at, &reply.body), None, "{path}");
+            let asked: Vec<String> = film.seen()[before..]
+                .iter()
+                .map(|seen| format!("{} {}", seen.header("range"), seen.status))
+                .collect();
+            told.push(asked);
+        }
+        assert_eq!(told[0], told[1], "restarted: {is_restarted}");
+    }
+}
+
 /// While nobody knows where it ends, an answer is in chunks, a hit too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hit_whose_length_is_not_known_yet_has_an_end() {

@@ -697,7 +697,8 @@ impl Engine {
             let rest = bytes.split_off(bytes.len().min(room));
             // Without an announced length only the end tells that these are the last.
             let ends = bytes.len() == room && !body.is_announced();
-            if !rest.is_empty() || (ends && matches!(body.next().await, Ok(Some(_)))) {
+            if !rest.is_empty() || (ends && matches!(flight.coming(body.next()).await, Ok(Some(_))))
+            {
                 return Err(self.too_long(fill));
             }
             // At most a page each, so that peers can pass them on as they are.
@@ -707,7 +708,7 @@ impl Engine {
             }
         }
         // Reads the framing's end, so that the connection can be used again.
-        let _ = body.next().await;
+        let _ = flight.coming(body.next()).await;
         Ok(())
     }
 

@@ -27,8 +27,8 @@ use http::header::{
 use httpdate::fmt_http_date;
 use pingora_core::protocols::Stream;
 use pingora_http::{RequestHeader, ResponseHeader};
-use pingora_slice_cluster::ObjectKey;
 use pingora_slice_cluster::slice::touched;
+use pingora_slice_cluster::{Generation, ObjectKey};
 use tokio::io::AsyncWriteExt;
 
 use super::{Front, patiently, until_total};
@@ -51,9 +51,29 @@ const HEAD_BYTES: usize = 1024;
 pub(crate) enum Directly {
     /// Here.
     Answered,
-    /// Not yet: nothing was written. What is known of the object, where it was
-    /// asked for: the long way goes on with it.
-    Not(Option<Box<(ObjectKey, Resolved)>>),
+    /// Not yet: nothing was written. The long way goes on with what is known.
+    Not(Option<Box<Known>>),
+}
+
+/// What the short way has found out for a request.
+pub(crate) struct Known {
+    /// The object that was asked for.
+    pub(crate) key: ObjectKey,
+    /// When the request came.
+    pub(crate) started: Instant,
+    /// What may be answered with.
+    pub(crate) resolved: Option<Resolved>,
+    /// The version that was found to be gone.
+    pub(crate) gone: Option<Generation>,
+}
+
+/// Whether an object was given.
+enum Given {
+    Yes,
+    /// Nothing was written: this is the long way's.
+    No,
+    /// Nor is it to be had any more.
+    Gone,
 }
 
 impl Front {
@@ -72,12 +92,22 @@ impl Front {
         let Ok(Ok(request)) = self.request(head, &fields) else {
             return Ok(Directly::Not(None));
         };
+        let known = |resolved, gone| {
+            let key = request.key;
+            Ok(Directly::Not(Some(Box::new(Known {
+                key,
+                started,
+                resolved,
+                gone,
+            }))))
+        };
         if let Some(found) = self.engine.hit(&request) {
             let given = self.give_found(head, &fields, stream, &request, &found, started);
-            return Ok(match given.await? {
-                true => Directly::Answered,
-                false => Directly::Not(None),
-            });
+            return match given.await? {
+                Given::Yes => Ok(Directly::Answered),
+                Given::No => known(None, None),
+                Given::Gone => known(None, Some(found.object.manifest.generation)),
+            };
         }
         // What is done without a lease is the long way's (rule 5).
         if !self.engine.cluster().may_serve() {
@@ -87,16 +117,18 @@ impl Front {
         let resolved = Box::pin(self.engine.resolve(&request, None)).await;
         if let Resolved::Object(found) = &resolved
             && found.informational.is_empty()
-            && self
-                .give_found(head, &fields, stream, &request, found, started)
-                .await?
         {
-            return Ok(Directly::Answered);
+            let given = self.give_found(head, &fields, stream, &request, found, started);
+            match given.await? {
+                Given::Yes => return Ok(Directly::Answered),
+                Given::No => {}
+                Given::Gone => return known(None, Some(found.object.manifest.generation)),
+            }
         }
-        Ok(Directly::Not(Some(Box::new((request.key, resolved)))))
+        known(Some(resolved), None)
     }
 
-    /// Answers with an object that may be used; `false`: nothing was written.
+    /// Answers with an object that may be used.
     async fn give_found(
         &self,
         head: &RequestHeader,
@@ -105,13 +137,13 @@ impl Front {
         request: &Request,
         found: &Found,
         started: Instant,
-    ) -> io::Result<bool> {
+    ) -> io::Result<Given> {
         if found.object.manifest.length().is_none() {
             // Chunks are Pingora's to write.
-            return Ok(false);
+            return Ok(Given::No);
         }
         let Some(answering) = self.engine.answering(&found.object) else {
-            return Ok(false);
+            return Ok(Given::Gone);
         };
         let (is_get, is_last) = (head.method == Method::GET, head::is_last(head));
         let plan = plan::plan(is_get, fields, &found.object.manifest);
@@ -130,16 +162,16 @@ impl Front {
             None => self.head(found, plan, false),
         };
         let Ok((head, pieces)) = complete else {
-            return Ok(false);
+            return Ok(Given::No);
         };
         let body = match pieces.as_slice() {
             [Piece::Bytes(range)] if is_get => range.clone(),
             [Piece::Bytes(_)] | [] => 0..0,
-            _ => return Ok(false),
+            _ => return Ok(Given::No),
         };
         let stored = stored.map_or(&[][..], |stored| stored);
         let Some(head) = on_the_wire(&head, stored, is_last) else {
-            return Ok(false);
+            return Ok(Given::No);
         };
         let has_begun = AtomicBool::new(false);
         let begin = || {
@@ -165,13 +197,13 @@ impl Front {
             }
         };
         let total = self.engine.config().client_timeouts.total;
-        let total = total.map(|total| tokio::time::Instant::now() + total);
+        let total = total.map(|total| tokio::time::Instant::from_std(started) + total);
         let answered = tokio::select! {
             biased;
             answered = answered => answered,
             () = answering.purged() => {
                 if !has_begun.load(Ordering::Relaxed) {
-                    return Ok(false);
+                    return Ok(Given::Gone);
                 }
                 tracing::info!(url = %request.url, "answer cut by a hard purge");
                 Err(io::ErrorKind::ConnectionAborted.into())
@@ -200,19 +232,19 @@ impl Front {
         found: &Found,
         body: &Range<u64>,
         begin: impl FnOnce(),
-    ) -> io::Result<bool> {
+    ) -> io::Result<Given> {
         let slice_bytes = found.object.manifest.version.slice_bytes;
         let mut slices = touched(body.clone(), slice_bytes);
         let mut parts = [const { (Bytes::new(), Source::L1) }; 2];
         for part in &mut parts {
             let Some(touched) = slices.next() else { break };
             let Some(at_hand) = self.engine.at_hand(key, found, &touched).await else {
-                return Ok(false);
+                return Ok(Given::No);
             };
             *part = at_hand;
         }
         if slices.next().is_some() {
-            return Ok(false);
+            return Ok(Given::No);
         }
         begin();
         self.count_response(found);
@@ -225,14 +257,14 @@ impl Front {
             .inc_by(body.end - body.start);
         let mut answer = head.chain(first).chain(second);
         if let Poll::Ready(written) = futures::poll!(std::pin::pin!(write(stream, &mut answer))) {
-            return written.map(|()| true);
+            return written.map(|()| Given::Yes);
         }
         // A copy: nothing is held of the slices while the client takes nothing.
         let mut rest = BytesMut::with_capacity(answer.remaining());
         rest.put(answer);
         let mut pace = Pace::new(self.engine.config().client_timeouts);
         self.give_directly(stream, &mut pace, rest, || {}).await?;
-        Ok(true)
+        Ok(Given::Yes)
     }
 
     /// Gives a body of any length.
@@ -246,7 +278,7 @@ impl Front {
         found: &Found,
         body: &Range<u64>,
         begin: impl FnOnce(),
-    ) -> io::Result<bool> {
+    ) -> io::Result<Given> {
         let config = self.engine.config();
         let ahead = config.max_concurrent_subrequests;
         let pieces = vec![Piece::Bytes(body.clone())];
@@ -265,10 +297,11 @@ impl Front {
                 let mut pace = Pace::new(config.client_timeouts);
                 self.give_directly(stream, &mut pace, refusal, || {})
                     .await?;
-                return Ok(true);
+                return Ok(Given::Yes);
             }
-            // The version is gone: the long way finds another.
-            Some(Err(FillError::Changed | FillError::Damaged)) | None => return Ok(false),
+            // The long way finds another version.
+            Some(Err(FillError::Changed)) => return Ok(Given::Gone),
+            Some(Err(FillError::Damaged)) | None => return Ok(Given::No),
         };
         begin();
         self.count_response(found);
@@ -295,7 +328,7 @@ impl Front {
         self.metrics
             .assembly_duration_seconds
             .observe(pieces.waited.as_secs_f64());
-        Ok(true)
+        Ok(Given::Yes)
     }
 
     /// Gives bytes to the client, as slowly as it may take them: it has its time

@@ -48,8 +48,10 @@ const QUEUE_JOBS_MAX: usize = 4096;
 pub const QUEUE_BYTES_MAX: u64 = 32 << 20;
 /// Reads at a time, each on a thread of its own.
 const READS_MAX: usize = 64;
-/// Places remembered at most, of 250 bytes each, where slices are of 1 MiB.
-const PLACES_MAX: usize = 8 * 1024;
+/// Memory of the places that are remembered at most: 5,000 slices of 1 MiB.
+const PLACES_BYTES_MAX: usize = 2 << 20;
+/// What one takes beside its sums.
+const PLACE_BYTES: usize = 160;
 /// Bytes read at most where nothing may wait: as long as a large write to a socket.
 const NOW_BYTES_MAX: u32 = 1024 * 1024;
 /// How long `stop` lets the writer work on what is queued, and then on closing.
@@ -67,7 +69,33 @@ pub(super) struct Store {
 /// Where slices lie that were read, as the index said it: what is read of them
 /// next need not ask it, which may wait for the disk. Slices do not change,
 /// and a place that no longer holds is known by its region's generation.
-type Places = HashMap<SliceId, (Place, Arc<[u32]>)>;
+#[derive(Default)]
+struct Places {
+    known: HashMap<SliceId, (Place, Arc<[u32]>)>,
+    bytes: usize,
+}
+
+impl Places {
+    fn insert(&mut self, id: SliceId, place: Place, sums: Arc<[u32]>) {
+        self.remove(id);
+        let bytes = place_bytes(&sums);
+        if self.bytes + bytes > PLACES_BYTES_MAX {
+            *self = Places::default();
+        }
+        self.bytes += bytes;
+        self.known.insert(id, (place, sums));
+    }
+
+    fn remove(&mut self, id: SliceId) {
+        if let Some((_, sums)) = self.known.remove(&id) {
+            self.bytes -= place_bytes(&sums);
+        }
+    }
+}
+
+fn place_bytes(sums: &[u32]) -> usize {
+    PLACE_BYTES + size_of_val(sums)
+}
 
 /// What readers and the writer share.
 pub(super) struct Shared {
@@ -185,7 +213,7 @@ impl Store {
 
     /// The whole slice, verified.
     pub(super) async fn slice(&self, id: SliceId) -> Option<Slice> {
-        if let Some(slice) = self.pending_slice(id).or_else(|| self.slice_now(id)) {
+        if let Some(slice) = self.pending_slice(id) {
             return Some(slice);
         }
         self.read(move |l2| match l2.row(id)? {
@@ -202,7 +230,7 @@ impl Store {
 
     /// The whole slice, verified, where that needs no wait for the disk.
     pub(super) fn slice_now(&self, id: SliceId) -> Option<Slice> {
-        let (place, sums) = self.places().get(&id).cloned()?;
+        let (place, sums) = self.places().known.get(&id).cloned()?;
         if place.len > NOW_BYTES_MAX {
             return None;
         }
@@ -212,7 +240,7 @@ impl Store {
         Some(slice)
     }
 
-    /// Bytes `start..end` of a slice: reads and verifies only the pages touched.
+    /// Bytes `start..end` of a slice: reads and verifies only the steps touched.
     pub(super) async fn slice_range(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
         if let Some(slice) = self.pending_slice(id) {
             let slice_bytes = slice.len() as u32;
@@ -247,17 +275,13 @@ impl Store {
     }
 
     fn remember(&self, id: SliceId, place: Place, sums: Arc<[u32]>) {
-        let mut places = self.places();
-        if places.len() >= PLACES_MAX {
-            places.clear();
-        }
-        places.insert(id, (place, sums));
+        self.places().insert(id, place, sums);
     }
 
-    /// Pages that need no wait for the disk, which a hop to a thread that may
+    /// Steps that need no wait for the disk, which a hop to a thread that may
     /// wait would cost more than.
     fn read_now(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
-        let (place, sums) = self.places().get(&id).cloned()?;
+        let (place, sums) = self.places().known.get(&id).cloned()?;
         let (start, end) = cut(start, end, place.len);
         if end - start > NOW_BYTES_MAX {
             return None;
@@ -387,7 +411,7 @@ impl Store {
             Err(ReadError::Evicted) => None,
             Err(ReadError::Damaged) => {
                 self.shared.damaged.fetch_add(1, Ordering::Relaxed);
-                self.places().remove(&id);
+                self.places().remove(id);
                 self.queue(Job::Forget(id, *place));
                 None
             }
