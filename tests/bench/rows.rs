@@ -443,6 +443,7 @@ impl Bench<'_> {
                 }
                 cpu[at] = (cpu_seconds(us.pid) - before) * 1e6 / 1024.0;
             }
+            touch_memory();
             let arguments = ["write", crate::peers::path(&file), "1024"];
             let plain = number(
                 &floor_json(self.parts, SERVER_CORE, &arguments)?,

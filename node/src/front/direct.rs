@@ -9,8 +9,8 @@
 //!
 //! The decisions are those of the long way, made by the same functions: what is
 //! asked for, whether the object may be used, what is answered. Where more is
-//! needed nothing is written, and the long way goes on with what was found. Not here: which
-//! requests are plain (`head`), where bytes come from (`engine`, `pieces`).
+//! needed nothing is written, and the long way goes on with what was found. Not
+//! here: which requests are plain (`head`), where bytes come from (`engine`, `pieces`).
 
 use std::io;
 use std::ops::Range;
