@@ -177,9 +177,9 @@ impl Report {
     /// line. Further right is better, whichever way the ratio runs.
     fn chart(&self) -> String {
         const ROW: usize = 22;
-        const LEFT: usize = 430;
+        const LEFT: usize = 600;
         const AIM: f64 = 200.0;
-        const WIDTH: usize = 860;
+        const WIDTH: usize = 1060;
         let aimed: Vec<_> = self
             .comparisons
             .iter()
