@@ -4,8 +4,8 @@
 //! ```text
 //! HTTP/2  → Pingora
 //! HTTP/1  → a head, in time ┬ plain, out of slices → Front::answer_directly ┐
-//!           ↑               └ anything else → Pingora, from its first byte │
-//!           └──────────────────────────── the next ────────────────────────┘
+//!           ↑               └ anything else → Pingora, from its first byte  │
+//!           └───────────────────────── the next ────────────────────────────┘
 //! ```
 //!
 //! Pingora's own timeouts hold for one read each, so a client that sends a byte

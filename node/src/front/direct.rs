@@ -28,6 +28,7 @@ use httpdate::fmt_http_date;
 use pingora_core::protocols::Stream;
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_slice_cluster::slice::touched;
+use pingora_slice_cluster::wire::Resolution;
 use pingora_slice_cluster::{Generation, ObjectKey};
 use tokio::io::AsyncWriteExt;
 
@@ -186,6 +187,10 @@ impl Front {
         };
         let answered = async {
             match body.end - body.start <= SMALL_BYTES {
+                // It is landing just now: its fill alone looks for it on the disk.
+                true if found.resolution == Resolution::Miss && body.start < body.end => {
+                    Ok(Given::No)
+                }
                 true => {
                     self.give_small(stream, head, request.key, found, &body, begin)
                         .await
