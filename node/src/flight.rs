@@ -19,7 +19,7 @@ use pingora_slice_cluster::wire::Part;
 use tokio::sync::watch;
 
 use crate::budget::{Budget, Permit};
-use crate::l1::{PAGE_BYTES, Slice};
+use crate::slice::{PAGE_BYTES, Slice};
 
 /// Parts smaller than this are joined: a part costs some 100 bytes beside its own.
 const JOINED_BYTES_MAX: usize = 4096;

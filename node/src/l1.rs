@@ -1,167 +1,14 @@
-//! The memory store, and what is stored: slices with their checksums.
+//! The memory store.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwapOption;
-use bytes::Bytes;
 use pingora_slice_cluster::SliceId;
-use pingora_slice_cluster::crc32c::crc32c_append;
-use pingora_slice_cluster::wire::Part;
 use tinyufo::TinyUfo;
 
 use crate::manifest::{Stored, Url};
-
-/// A checksum covers this many bytes of a slice (the last one fewer).
-pub const PAGE_BYTES: usize = 64 * 1024;
-
-/// What is read of a page can be checked in steps of so many bytes.
-const STEP_BYTES: usize = 4 * 1024;
-const STEPS: usize = PAGE_BYTES / STEP_BYTES;
-
-/// The same of what is read from disk, where a finer sum would cost the index
-/// more: a 4096th of the bytes.
-pub const DISK_STEP_BYTES: usize = 16 * 1024;
-const _: () = assert!(
-    PAGE_BYTES.is_multiple_of(DISK_STEP_BYTES) && DISK_STEP_BYTES.is_multiple_of(STEP_BYTES)
-);
-
-/// A slice in memory: one run of bytes and a CRC-32C for each page of it,
-/// computed when the bytes came from the origin and carried everywhere since.
-/// Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Slice {
-    bytes: Bytes,
-    /// The sums while they grow: at the end of each step, that of its page up
-    /// to there. So a part of a page is checked without reading all of it.
-    growing: Arc<[u32]>,
-}
-
-impl Slice {
-    /// A slice of bytes that have just arrived: computes the checksums.
-    pub fn new(bytes: Bytes) -> Self {
-        let pages = bytes.chunks(PAGE_BYTES);
-        let growing = pages
-            .flat_map(|page| {
-                page.chunks(STEP_BYTES).scan(0, |sum, step| {
-                    *sum = crc32c_append(*sum, step);
-                    Some(*sum)
-                })
-            })
-            .collect();
-        Slice { bytes, growing }
-    }
-
-    /// A slice of which one bit has flipped since.
-    #[cfg(test)]
-    pub fn with_flipped_bit(&self, at: usize) -> Slice {
-        let mut bytes = self.bytes.to_vec();
-        bytes[at] ^= 1;
-        Slice {
-            bytes: bytes.into(),
-            growing: self.growing.clone(),
-        }
-    }
-
-    /// A slice as it was on disk, with its [`Slice::disk_sums`]; `None` unless all match.
-    pub fn verified(bytes: Bytes, disk_sums: &[u32]) -> Option<Self> {
-        let slice = Slice::new(bytes);
-        let is_same = slice.disk_sums().eq(disk_sums.iter().copied());
-        is_same.then_some(slice)
-    }
-
-    /// All bytes.
-    pub fn bytes(&self) -> &Bytes {
-        &self.bytes
-    }
-
-    /// The checksum of each page.
-    pub fn sums(&self) -> impl Iterator<Item = u32> {
-        self.growing
-            .chunks(STEPS)
-            .filter_map(|page| page.last().copied())
-    }
-
-    /// The sums that go to disk with it: at the end of each [`DISK_STEP_BYTES`],
-    /// that of its page up to there.
-    pub fn disk_sums(&self) -> impl Iterator<Item = u32> {
-        self.growing
-            .chunks(DISK_STEP_BYTES / STEP_BYTES)
-            .filter_map(|step| step.last().copied())
-    }
-
-    /// Length in bytes.
-    pub fn len(&self) -> usize {
-        self.bytes.len()
-    }
-
-    /// Whether it holds no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
-    }
-
-    /// Whether the bytes of `range`, and what else lies in the steps that it
-    /// touches, still match their checksums.
-    pub fn is_intact_in(&self, range: Range<usize>) -> bool {
-        let start = range.start / STEP_BYTES * STEP_BYTES;
-        let end = range.end.next_multiple_of(STEP_BYTES).min(self.len());
-        are_intact(&self.bytes[start..end], start, &self.growing, STEP_BYTES)
-    }
-
-    /// All of a slice that has just been checked, in parts of a page.
-    pub fn checked_parts(&self) -> Vec<Part> {
-        let pages = self.bytes.chunks(PAGE_BYTES).zip(self.sums());
-        pages
-            .map(|(page, crc32c)| Part {
-                bytes: self.bytes.slice_ref(page),
-                crc32c,
-            })
-            .collect()
-    }
-
-    /// The bytes of `range` (within the slice) in parts of at most a page.
-    /// `None` when what it touches is damaged.
-    pub fn parts(&self, range: Range<usize>) -> Option<Vec<Part>> {
-        let mut parts = Vec::with_capacity(range.len().div_ceil(PAGE_BYTES) + 1);
-        let mut at = range.start;
-        while at < range.end {
-            let page = at / PAGE_BYTES;
-            let page_end = ((page + 1) * PAGE_BYTES).min(self.len());
-            let end = page_end.min(range.end);
-            if !self.is_intact_in(at..end) {
-                return None;
-            }
-            let bytes = self.bytes.slice(at..end);
-            parts.push(if at == page * PAGE_BYTES && end == page_end {
-                Part {
-                    bytes,
-                    crc32c: self.growing[(page_end - 1) / STEP_BYTES],
-                }
-            } else {
-                Part::new(bytes)
-            });
-            at = end;
-        }
-        Some(parts)
-    }
-}
-
-/// Whether bytes from `at` of a slice on match its sums, which grow by `step`
-/// within each page. They begin with a step, and end with one or with the slice.
-pub fn are_intact(bytes: &[u8], at: usize, growing: &[u32], step: usize) -> bool {
-    let end = at + bytes.len();
-    (at / PAGE_BYTES..end.div_ceil(PAGE_BYTES)).all(|page| {
-        let start = at.max(page * PAGE_BYTES);
-        let stop = end.min((page + 1) * PAGE_BYTES);
-        let before = match start == page * PAGE_BYTES {
-            true => Some(&0),
-            false => growing.get(start / step - 1),
-        };
-        let sum = before.map(|before| crc32c_append(*before, &bytes[start - at..stop - at]));
-        sum.is_some() && sum.as_ref() == growing.get(stop.div_ceil(step) - 1)
-    })
-}
+use crate::slice::{PAGE_BYTES, Slice};
 
 /// Weight unit of the store, bytes: TinyUFO's weights are 16-bit, and the
 /// largest slice is 10 MiB.
@@ -329,6 +176,7 @@ fn weight(item: &Item) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use pingora_slice_cluster::Generation;
 
     use super::*;
@@ -351,39 +199,6 @@ mod tests {
             }
         }
         Slice::new(Bytes::from_owner(Owned(vec![7; bytes], owner.clone())))
-    }
-
-    #[test]
-    fn every_flipped_bit_is_seen_in_what_it_touches_and_nowhere_else() {
-        const LEN: usize = PAGE_BYTES + 2 * STEP_BYTES + 100;
-        let bytes: Vec<u8> = (0..LEN).map(|n| (n * 31 % 251) as u8).collect();
-        let slice = Slice::new(bytes.clone().into());
-        let crc32c = pingora_slice_cluster::crc32c::crc32c;
-        let sums: Vec<u32> = bytes.chunks(PAGE_BYTES).map(crc32c).collect();
-        assert_eq!(slice.sums().collect::<Vec<_>>(), sums);
-        let sums: Vec<u32> = slice.disk_sums().collect();
-        let ends = (0..LEN).step_by(DISK_STEP_BYTES);
-        let ends = ends.map(|step| (step / PAGE_BYTES * PAGE_BYTES, step + DISK_STEP_BYTES));
-        let prefixes = ends.map(|(page, end)| crc32c(&bytes[page..end.min(LEN)]));
-        assert_eq!(sums, prefixes.collect::<Vec<_>>());
-        let edges = [0, 1, STEP_BYTES - 1, STEP_BYTES, PAGE_BYTES - 1, PAGE_BYTES];
-        let edges = edges
-            .into_iter()
-            .chain([PAGE_BYTES + STEP_BYTES + 1, LEN - 1, LEN]);
-        let edges: Vec<usize> = edges.collect();
-        for flipped in edges.iter().copied().filter(|at| *at < LEN) {
-            let damaged = slice.with_flipped_bit(flipped);
-            assert!(Slice::verified(damaged.bytes.clone(), &sums).is_none());
-            for start in &edges {
-                for end in edges.iter().filter(|end| *end > start) {
-                    let steps = start / STEP_BYTES..end.div_ceil(STEP_BYTES);
-                    let is_touched = steps.contains(&(flipped / STEP_BYTES));
-                    assert_eq!(damaged.is_intact_in(*start..*end), !is_touched);
-                    assert_eq!(damaged.parts(*start..*end).is_none(), is_touched);
-                    assert!(slice.is_intact_in(*start..*end));
-                }
-            }
-        }
     }
 
     /// Promise P4: what leaves the store leaves memory, at once.

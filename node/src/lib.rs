@@ -30,5 +30,6 @@ pub mod page;
 mod pieces;
 pub mod plan;
 pub mod purge;
+pub mod slice;
 pub mod stitch;
 mod stream;

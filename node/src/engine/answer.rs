@@ -17,8 +17,8 @@ use crate::admin::Inspect;
 use crate::budget::Permit;
 use crate::flight::{FillError, FlightReader};
 use crate::freshness::{Demands, Use};
-use crate::l1::PAGE_BYTES;
 use crate::manifest::{self, Record, Url};
+use crate::slice::PAGE_BYTES;
 
 /// How long an owner may take to catch up with an asker's floor (rule 7).
 const CATCH_UP: Duration = Duration::from_millis(50);

@@ -18,9 +18,9 @@ use super::{Engine, PATIENCE};
 use crate::budget::Permit;
 use crate::flight::{FillError, Flight, SliceReader, Source};
 use crate::freshness;
-use crate::l1::{PAGE_BYTES, Slice};
 use crate::manifest::{Manifest, Url};
 use crate::origin::{self, OriginAnswer, OriginBody, OriginError, Wanted};
+use crate::slice::{PAGE_BYTES, Slice};
 use crate::stitch::Fault;
 
 /// All that is needed to fill one slice.

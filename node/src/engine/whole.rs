@@ -20,9 +20,9 @@ use super::fill::{Retry, if_range, same_version};
 use super::resolve::back_off;
 use super::{Engine, Fill, Request};
 use crate::flight::{FillError, Flight, Source};
-use crate::l1::PAGE_BYTES;
 use crate::manifest::Manifest;
 use crate::origin::{OriginBody, Wanted};
+use crate::slice::PAGE_BYTES;
 
 /// Slices that a body may run ahead of its foremost reader.
 const AHEAD: u32 = 8;

@@ -36,10 +36,10 @@ use super::{Front, patiently, until_total};
 use crate::engine::{Found, Request, Resolved};
 use crate::flight::{FillError, Form, Source};
 use crate::head;
-use crate::l1::PAGE_BYTES;
 use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces, count_slice};
 use crate::plan::{self, Plan};
+use crate::slice::PAGE_BYTES;
 use crate::stream::DATE_BYTES;
 
 /// A body of so many bytes is taken from where it lies; while the client takes

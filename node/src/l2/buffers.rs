@@ -7,7 +7,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use crate::l1::DISK_STEP_BYTES;
+use crate::slice::DISK_STEP_BYTES;
 
 /// Bytes kept for later reads at most.
 const FREE_BYTES_MAX: usize = 2 << 20;

@@ -38,7 +38,7 @@ use pingora_slice_cluster::SliceId;
 
 use self::store::Store;
 pub use self::store::{L2_BYTES_MIN, QUEUE_BYTES_MAX};
-use crate::l1::Slice;
+use crate::slice::Slice;
 
 /// Time between two tries at a disk that could not be used.
 const TRY_AGAIN: Duration = Duration::from_secs(5);

@@ -31,7 +31,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::buffers::Buffers;
-use crate::l1::{DISK_STEP_BYTES, Slice, are_intact};
+use crate::slice::{DISK_STEP_BYTES, Slice, are_intact};
 
 /// First bytes of an entry: name and format version.
 const MAGIC: [u8; 4] = *b"PSE\x02";

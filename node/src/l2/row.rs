@@ -8,7 +8,7 @@ use bytes::Bytes;
 use pingora_slice_cluster::SliceId;
 
 use super::region::{Place, decode_sums};
-use crate::l1::{DISK_STEP_BYTES, Slice};
+use crate::slice::{DISK_STEP_BYTES, Slice};
 
 /// Slices up to this size live in their row: no page of a region, no second read.
 pub const INLINE_BYTES_MAX: usize = 8 << 10;

@@ -21,7 +21,7 @@ use super::region::{Place, REGION_BYTES_MAX, ReadError, Regions};
 use super::row::SliceRow;
 use super::writer::{Job, Writer};
 use super::{L2Config, L2Error, L2Read, L2Stats};
-use crate::l1::Slice;
+use crate::slice::Slice;
 
 /// The smallest bound that leaves room for an index and a few regions.
 pub const L2_BYTES_MIN: u64 = 16 << 20;

@@ -25,7 +25,7 @@ use super::index::{IndexWriter, WriteError};
 use super::region::{self, Head, Place};
 use super::row::{INLINE_BYTES_MAX, SliceRow};
 use super::store::{PROBE_FILE, REGIONS_MIN, Shared};
-use crate::l1::Slice;
+use crate::slice::Slice;
 
 /// First and longest pause between attempts to write again.
 const RETRY_MIN: Duration = Duration::from_secs(1);
