@@ -19,7 +19,7 @@ use pingora_slice_cluster::wire::Part;
 use tokio::sync::watch;
 
 use crate::budget::{Budget, Permit};
-use crate::slice::{PAGE_BYTES, Slice};
+use crate::slice::{PAGE_BYTES, Slice, SliceParts, Sums};
 
 /// Parts smaller than this are joined: a part costs some 100 bytes beside its own.
 const JOINED_BYTES_MAX: usize = 4096;
@@ -83,6 +83,9 @@ pub struct Flight {
     /// where the slice's length is not known yet.
     pub range: Range<u32>,
     landed: Mutex<Landed>,
+    /// Of all that came in parts; `None` once a damaged one has, or they were
+    /// taken. Not with the others: readers need not wait for a sum.
+    sums: Mutex<Option<Sums>>,
     news: watch::Sender<()>,
 }
 
@@ -110,6 +113,7 @@ impl Flight {
             id,
             range,
             landed: Mutex::default(),
+            sums: Mutex::new(Some(Sums::default())),
             news: watch::Sender::new(()),
         })
     }
@@ -134,6 +138,7 @@ impl Flight {
     /// As [`Flight::land`], where more may be there already: the readers are told
     /// by [`Flight::coming`].
     pub fn land_among(&self, part: Part) {
+        self.sums().take_if(|sums| !sums.add_part(&part));
         let mut landed = self.landed();
         debug_assert!(landed.outcome.is_none(), "nothing lands after the end");
         landed.bytes += part.bytes.len() as u32;
@@ -234,25 +239,13 @@ impl Flight {
         landed.spoiled || matches!(landed.outcome, Some(Err(_)))
     }
 
-    /// Everything that landed as one slice: the checksums are those of the
-    /// parts' bytes as they arrived. `None` when a part was damaged since.
-    pub fn gather(&self) -> Option<Slice> {
-        let parts = self.landed().parts.clone();
-        let total = parts.iter().map(|p| p.bytes.len()).sum();
-        let mut bytes = BytesMut::with_capacity(total);
-        for part in &parts {
-            bytes.extend_from_slice(&part.bytes);
-        }
-        let slice = Slice::new(bytes.freeze());
-        // A peer's parts are the slice's pages: their sums are compared as they are.
-        let (last, others) = parts.split_last()?;
-        let are_pages = last.bytes.len() <= PAGE_BYTES
-            && others.iter().all(|part| part.bytes.len() == PAGE_BYTES);
-        let is_intact = match are_pages {
-            true => slice.sums().eq(parts.iter().map(|part| part.crc32c)),
-            false => parts.iter().all(Part::is_intact),
-        };
-        is_intact.then_some(slice)
+    /// Everything that landed, as one slice; once, and when no more will land.
+    /// `None` when a part was damaged before it did.
+    pub fn slice(&self) -> Option<SliceParts> {
+        let sums = self.sums().take()?;
+        let landed = self.landed();
+        let parts = landed.parts.iter().map(|part| part.bytes.clone());
+        Some(SliceParts::new(parts, sums))
     }
 
     /// A reader of the bytes of `range` (from the slice's start), within the flight's own.
@@ -270,6 +263,10 @@ impl Flight {
 
     fn landed(&self) -> MutexGuard<'_, Landed> {
         self.landed.lock().expect("no panic while held")
+    }
+
+    fn sums(&self) -> MutexGuard<'_, Option<Sums>> {
+        self.sums.lock().expect("no panic while held")
     }
 }
 
@@ -763,7 +760,7 @@ mod tests {
                     };
                     assert_eq!(end, Some(Err(FillError::Damaged)));
                     assert!(at <= flipped);
-                    assert!(flight.gather().is_none(), "it is not kept either");
+                    assert!(flight.slice().is_none(), "it is not kept either");
                     assert!(flights.get(&id()).is_none(), "nor read by others");
                     assert!(flights.join(id(), 0..1).1, "the next has it from elsewhere");
                 }
@@ -826,7 +823,7 @@ mod tests {
         assert!(read.0 == whole && read.1 == whole[17..9_000]);
         let parts = flight.landed().parts.len();
         assert!(parts <= 2 * 10_000 / JOINED_BYTES_MAX + 1, "{parts} parts");
-        assert_eq!(&flight.gather().unwrap().bytes()[..], whole);
+        assert_eq!(&flight.slice().unwrap().gather().bytes()[..], whole);
     }
 
     #[tokio::test]

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use pingora_slice_cluster::crc32c::crc32c_append;
 use pingora_slice_cluster::wire::Part;
 
@@ -35,16 +35,12 @@ pub struct Slice {
 impl Slice {
     /// A slice of bytes that have just arrived: computes the checksums.
     pub fn new(bytes: Bytes) -> Self {
-        let pages = bytes.chunks(PAGE_BYTES);
-        let growing = pages
-            .flat_map(|page| {
-                page.chunks(STEP_BYTES).scan(0, |sum, step| {
-                    *sum = crc32c_append(*sum, step);
-                    Some(*sum)
-                })
-            })
-            .collect();
-        Slice { bytes, growing }
+        let mut sums = Sums::default();
+        sums.add(&bytes);
+        Slice {
+            bytes,
+            growing: sums.growing(),
+        }
     }
 
     /// A slice of which one bit has flipped since.
@@ -80,9 +76,7 @@ impl Slice {
     /// The sums that go to disk with it: at the end of each [`DISK_STEP_BYTES`],
     /// that of its page up to there.
     pub fn disk_sums(&self) -> impl Iterator<Item = u32> {
-        self.growing
-            .chunks(DISK_STEP_BYTES / STEP_BYTES)
-            .filter_map(|step| step.last().copied())
+        disk_sums(&self.growing)
     }
 
     /// Length in bytes.
@@ -141,6 +135,119 @@ impl Slice {
     }
 }
 
+/// A slice as it landed: its bytes in parts, each where it came to lie. Cheap to
+/// clone.
+#[derive(Clone, Debug)]
+pub struct SliceParts {
+    parts: Arc<[Bytes]>,
+    growing: Arc<[u32]>,
+}
+
+impl SliceParts {
+    /// Of parts in order, and the sums of all of them.
+    pub fn new(parts: impl Iterator<Item = Bytes>, sums: Sums) -> SliceParts {
+        SliceParts {
+            parts: parts.collect(),
+            growing: sums.growing(),
+        }
+    }
+
+    /// The bytes, in order.
+    pub fn parts(&self) -> &[Bytes] {
+        &self.parts
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.parts.iter().map(Bytes::len).sum()
+    }
+
+    /// Whether it holds no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// As [`Slice::disk_sums`].
+    pub fn disk_sums(&self) -> impl Iterator<Item = u32> {
+        disk_sums(&self.growing)
+    }
+
+    /// A copy in one run, which holds nothing of what the parts were views of. Its
+    /// sums are those of the bytes as they landed.
+    pub fn gather(&self) -> Slice {
+        let mut bytes = BytesMut::with_capacity(self.len());
+        self.parts
+            .iter()
+            .for_each(|part| bytes.extend_from_slice(part));
+        Slice {
+            bytes: bytes.freeze(),
+            growing: self.growing.clone(),
+        }
+    }
+}
+
+impl From<Slice> for SliceParts {
+    fn from(slice: Slice) -> SliceParts {
+        SliceParts {
+            parts: [slice.bytes].into(),
+            growing: slice.growing,
+        }
+    }
+}
+
+/// The sums of a slice while it lands.
+#[derive(Debug, Default)]
+pub struct Sums {
+    growing: Vec<u32>,
+    len: usize,
+    /// Of the page, up to the last byte.
+    sum: u32,
+}
+
+impl Sums {
+    /// Takes in a part that follows; `false` when it is not what its own checksum says.
+    #[must_use]
+    pub fn add_part(&mut self, part: &Part) -> bool {
+        // A peer's parts are the slice's pages: one look is enough for both.
+        let is_page =
+            self.len.is_multiple_of(PAGE_BYTES) && (1..=PAGE_BYTES).contains(&part.bytes.len());
+        self.add(&part.bytes);
+        match is_page {
+            true => self.sum == part.crc32c,
+            false => part.is_intact(),
+        }
+    }
+
+    fn add(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.len.is_multiple_of(PAGE_BYTES) {
+                self.sum = 0;
+            }
+            let room = STEP_BYTES - self.len % STEP_BYTES;
+            let (step, rest) = bytes.split_at(bytes.len().min(room));
+            self.sum = crc32c_append(self.sum, step);
+            self.len += step.len();
+            if step.len() == room {
+                self.growing.push(self.sum);
+            }
+            bytes = rest;
+        }
+    }
+
+    fn growing(mut self) -> Arc<[u32]> {
+        if !self.len.is_multiple_of(STEP_BYTES) {
+            self.growing.push(self.sum);
+        }
+        self.growing.into()
+    }
+}
+
+fn disk_sums(growing: &[u32]) -> impl Iterator<Item = u32> {
+    growing
+        .chunks(DISK_STEP_BYTES / STEP_BYTES)
+        .filter_map(|step| step.last().copied())
+}
+
 /// Whether bytes from `at` of a slice on match its sums, which grow by `step`
 /// within each page. They begin with a step, and end with one or with the slice.
 pub fn are_intact(bytes: &[u8], at: usize, growing: &[u32], step: usize) -> bool {
@@ -190,6 +297,35 @@ mod tests {
                     assert_eq!(damaged.parts(*start..*end).is_none(), is_touched);
                     assert!(slice.is_intact_in(*start..*end));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_the_same_however_the_parts_fall() {
+        const LEN: usize = 2 * PAGE_BYTES + 3 * STEP_BYTES + 100;
+        let bytes: Vec<u8> = (0..LEN).map(|n| (n * 31 % 251) as u8).collect();
+        let whole = Slice::new(bytes.clone().into());
+        for cut in [1000, STEP_BYTES, 40_000, PAGE_BYTES, PAGE_BYTES + 1, LEN] {
+            let parts = || bytes.chunks(cut).map(Bytes::copy_from_slice);
+            let mut sums = Sums::default();
+            for part in parts() {
+                assert!(sums.add_part(&Part::new(part)));
+            }
+            let landed = SliceParts::new(parts(), sums);
+            assert_eq!(landed.len(), LEN);
+            assert!(landed.disk_sums().eq(whole.disk_sums()));
+            let gathered = landed.gather();
+            assert_eq!(gathered.bytes(), whole.bytes());
+            assert_eq!(gathered.growing, whole.growing);
+            for damaged in 0..LEN.div_ceil(cut) {
+                let mut sums = Sums::default();
+                let intact = parts().enumerate().map(|(n, bytes)| {
+                    let mut part = Part::new(bytes);
+                    part.crc32c ^= u32::from(n == damaged);
+                    sums.add_part(&part)
+                });
+                assert_eq!(intact.filter(|intact| !intact).count(), 1, "{cut}");
             }
         }
     }

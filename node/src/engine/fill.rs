@@ -20,7 +20,7 @@ use crate::flight::{FillError, Flight, SliceReader, Source};
 use crate::freshness;
 use crate::manifest::{Manifest, Url};
 use crate::origin::{self, OriginAnswer, OriginBody, OriginError, Wanted};
-use crate::slice::{PAGE_BYTES, Slice};
+use crate::slice::{PAGE_BYTES, Slice, SliceParts};
 use crate::stitch::Fault;
 
 /// All that is needed to fill one slice.
@@ -552,21 +552,21 @@ impl Engine {
         {
             l2.keep_slice(fill.slice, slice.clone());
         }
-        self.inner.l1.keep_slice(fill.slice, slice);
+        self.inner.l1.keep_slice(fill.slice, slice.gather());
     }
 
     /// As [`Engine::land`], in memory only.
     pub(super) fn land_in_memory(&self, fill: &Fill, flight: &Arc<Flight>) {
         if let Some(slice) = self.landed(fill, flight) {
-            self.inner.l1.keep_slice(fill.slice, slice);
+            self.inner.l1.keep_slice(fill.slice, slice.gather());
         }
     }
 
-    fn landed(&self, fill: &Fill, flight: &Arc<Flight>) -> Option<Slice> {
+    fn landed(&self, fill: &Fill, flight: &Arc<Flight>) -> Option<SliceParts> {
         if flight.outcome() != Some(Ok(())) || flight.bytes() == 0 {
             return None;
         }
-        let slice = flight.gather();
+        let slice = flight.slice();
         if slice.is_none() {
             tracing::warn!(slice = ?fill.slice, "a slice was damaged while it landed and is not kept");
         }

@@ -38,7 +38,7 @@ use pingora_slice_cluster::SliceId;
 
 use self::store::Store;
 pub use self::store::{L2_BYTES_MIN, QUEUE_BYTES_MAX};
-use crate::slice::Slice;
+use crate::slice::{Slice, SliceParts};
 
 /// Time between two tries at a disk that could not be used.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
@@ -119,11 +119,13 @@ impl L2 {
         self.store.load_full()?.slice_range(id, start, end).await
     }
 
-    /// Keeps a slice: queued for the writer; when its queue is full, dropped and counted.
-    pub fn keep_slice(&self, id: SliceId, slice: Slice) {
-        if let Some(store) = &*self.store.load() {
-            store.keep_slice(id, slice);
-        }
+    /// Keeps a slice: queued for the writer; when its queue is full, dropped and
+    /// counted. Whether it is to be expected on disk.
+    pub fn keep_slice(&self, id: SliceId, slice: SliceParts) -> bool {
+        let store = self.store.load();
+        store
+            .as_ref()
+            .is_some_and(|store| store.keep_slice(id, slice))
     }
 
     /// The manifest (encoded) kept under `key`.

@@ -31,7 +31,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::buffers::Buffers;
-use crate::slice::{DISK_STEP_BYTES, Slice, are_intact};
+use crate::slice::{DISK_STEP_BYTES, Slice, SliceParts, are_intact};
 
 /// First bytes of an entry: name and format version.
 const MAGIC: [u8; 4] = *b"PSE\x02";
@@ -400,8 +400,8 @@ impl Head {
         u64::from(self.at) + entry_bytes(len) <= u64::from(self.region_bytes)
     }
 
-    /// Appends an entry, which must fit: two buffers, one system call.
-    pub fn append(&mut self, id: SliceId, slice: &Slice) -> io::Result<Place> {
+    /// Appends an entry, which must fit.
+    pub fn append(&mut self, id: SliceId, slice: &SliceParts) -> io::Result<Place> {
         let len = slice.len() as u32;
         debug_assert!(self.fits(len));
         let place = Place {
@@ -411,7 +411,7 @@ impl Head {
             len,
         };
         let header = encode_header(self.generation, id, len, slice.disk_sums());
-        write_both(&self.file, &header, slice.bytes(), u64::from(self.at))?;
+        write_all(&self.file, &header, slice.parts(), u64::from(self.at))?;
         self.at += (header.len() + slice.len()) as u32;
         Ok(place)
     }
@@ -540,13 +540,24 @@ pub fn decode_sums(bytes: &[u8]) -> Arc<[u32]> {
         .collect()
 }
 
-fn write_both(file: &File, header: &[u8], bytes: &[u8], at: u64) -> io::Result<()> {
-    let done = rustix::io::pwritev(file, &[IoSlice::new(header), IoSlice::new(bytes)], at)?;
-    if done < header.len() {
-        file.write_all_at(&header[done..], at + done as u64)?;
+fn write_all(file: &File, header: &[u8], parts: &[Bytes], mut at: u64) -> io::Result<()> {
+    /// Buffers that one call takes (IOV_MAX).
+    const AT_ONCE: usize = 1024;
+    let parts = parts.iter().map(|part| IoSlice::new(part));
+    let mut all: Vec<IoSlice> = std::iter::once(IoSlice::new(header)).chain(parts).collect();
+    let mut left = &mut all[..];
+    while !left.is_empty() {
+        match rustix::io::pwritev(file, &left[..left.len().min(AT_ONCE)], at) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                at += written as u64;
+                IoSlice::advance_slices(&mut left, written);
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
-    let of_bytes = done.saturating_sub(header.len());
-    file.write_all_at(&bytes[of_bytes..], at + (header.len() + of_bytes) as u64)
+    Ok(())
 }
 
 /// Bytes `start..end` of an entry, as `read` gives them (length, offset in the

@@ -21,7 +21,7 @@ use super::region::{Place, REGION_BYTES_MAX, ReadError, Regions};
 use super::row::SliceRow;
 use super::writer::{Job, Writer};
 use super::{L2Config, L2Error, L2Read, L2Stats};
-use crate::slice::Slice;
+use crate::slice::{Slice, SliceParts};
 
 /// The smallest bound that leaves room for an index and a few regions.
 pub const L2_BYTES_MIN: u64 = 16 << 20;
@@ -120,7 +120,7 @@ pub(super) struct Shared {
 pub(super) struct Pending {
     pub(super) number: u64,
     pub(super) manifests: HashMap<u128, (u64, Option<Bytes>)>,
-    pub(super) slices: HashMap<SliceId, Slice>,
+    pub(super) slices: HashMap<SliceId, SliceParts>,
 }
 
 impl Store {
@@ -299,11 +299,12 @@ impl Store {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a slice: queued for the writer; when its queue is full, dropped and counted.
-    pub(super) fn keep_slice(&self, id: SliceId, slice: Slice) {
+    /// Keeps a slice: queued for the writer; when its queue is full, dropped and
+    /// counted. Whether it is to be expected on disk.
+    pub(super) fn keep_slice(&self, id: SliceId, slice: SliceParts) -> bool {
         let bytes = slice.len() as u64;
         if bytes == 0 {
-            return;
+            return false;
         }
         // In the map before the queue: the writer takes it out once written.
         self.shared.pending().slices.insert(id, slice.clone());
@@ -311,7 +312,9 @@ impl Store {
             self.shared.pending().slices.remove(&id);
             self.shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
             self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+            return false;
         }
+        self.shared.is_writable.load(Ordering::Relaxed)
     }
 
     /// The manifest (encoded) kept under `key`.
@@ -427,7 +430,8 @@ impl Store {
     }
 
     fn pending_slice(&self, id: SliceId) -> Option<Slice> {
-        let slice = self.shared.pending().slices.get(&id).cloned()?;
+        let parts = self.shared.pending().slices.get(&id).cloned()?;
+        let slice = parts.gather();
         slice.is_intact_in(0..slice.len()).then_some(slice)
     }
 

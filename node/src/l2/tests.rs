@@ -52,7 +52,7 @@ fn slice(n: u32, len: usize) -> Slice {
 }
 
 async fn keep(l2: &Store, n: u32, len: usize) {
-    l2.keep_slice(id(n), slice(n, len));
+    l2.keep_slice(id(n), slice(n, len).into());
     l2.settled().await;
 }
 
@@ -227,7 +227,7 @@ async fn small_things_leave_in_order_within_the_bound() {
     keep(&l2, 1, 300 << 10).await;
     let count = (bytes_max / 5500) as u32;
     for n in 2..count {
-        l2.keep_slice(id(n), slice(n, 4000));
+        l2.keep_slice(id(n), slice(n, 4000).into());
         l2.keep_manifest(n.into(), manifest(n));
         if n % 32 == 0 {
             l2.settled().await;
@@ -265,7 +265,7 @@ async fn child_writes_until_killed() {
     for n in 0.. {
         for part in 0..4 {
             let n = n * 4 + part;
-            l2.keep_slice(id(n), slice(n, sized(n)));
+            l2.keep_slice(id(n), slice(n, sized(n)).into());
             l2.keep_manifest(n.into(), slice(n, 900).bytes().clone());
         }
         l2.settled().await;
@@ -506,7 +506,7 @@ async fn a_full_queue_drops_and_counts() {
     let l2 = open(dir.path(), 64 * MIB);
     let (big, count) = (slice(1, 1 << 20), 200);
     for n in 0..count {
-        l2.keep_slice(id(n), big.clone());
+        l2.keep_slice(id(n), big.clone().into());
     }
     l2.settled().await;
     let stats = l2.stats();
@@ -514,7 +514,7 @@ async fn a_full_queue_drops_and_counts() {
     assert!(stats.dropped > 0 && stats.writes > 0, "{stats:?}");
     assert_eq!(l2.shared.queued_bytes.load(Ordering::Relaxed), 0);
     // One that never fits.
-    l2.keep_slice(id(count), slice(2, 40 << 20));
+    l2.keep_slice(id(count), slice(2, 40 << 20).into());
     l2.settled().await;
     assert_eq!(l2.stats().dropped, stats.dropped + 1);
     l2.stop().await;

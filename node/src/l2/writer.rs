@@ -25,7 +25,7 @@ use super::index::{IndexWriter, WriteError};
 use super::region::{self, Head, Place};
 use super::row::{INLINE_BYTES_MAX, SliceRow};
 use super::store::{PROBE_FILE, REGIONS_MIN, Shared};
-use crate::slice::Slice;
+use crate::slice::{Slice, SliceParts};
 
 /// First and longest pause between attempts to write again.
 const RETRY_MIN: Duration = Duration::from_secs(1);
@@ -38,7 +38,7 @@ const KEPT_DIVISOR: u32 = 2;
 /// What the writer is asked to do.
 pub enum Job {
     /// Keep a slice.
-    Slice(SliceId, Slice),
+    Slice(SliceId, SliceParts),
     /// Keep or forget a manifest; the number tells it from later ones under the same key.
     Manifest(u128, Option<Bytes>, u64),
     /// The entry was found damaged.
@@ -207,12 +207,14 @@ impl Writer {
         }
     }
 
-    fn keep(&mut self, id: SliceId, slice: &Slice) -> Result<(), Trouble> {
+    fn keep(&mut self, id: SliceId, slice: &SliceParts) -> Result<(), Trouble> {
         if self.is_kept(id) {
             return Ok(());
         }
         if slice.len() <= INLINE_BYTES_MAX {
-            return Ok(self.index.put_slice(id, &SliceRow::Inline(slice.clone()))?);
+            return Ok(self
+                .index
+                .put_slice(id, &SliceRow::Inline(slice.gather()))?);
         }
         if region::entry_bytes(slice.len() as u32) > u64::from(self.shared.regions.region_bytes()) {
             return Err(Trouble::NoRoom);
@@ -227,7 +229,7 @@ impl Writer {
         self.append(id, slice)
     }
 
-    fn append(&mut self, id: SliceId, slice: &Slice) -> Result<(), Trouble> {
+    fn append(&mut self, id: SliceId, slice: &SliceParts) -> Result<(), Trouble> {
         let Some(head) = &mut self.head else {
             return Err(Trouble::NoRoom);
         };
@@ -354,7 +356,7 @@ impl Writer {
             let Some(slice) = Slice::verified(bytes, &sums) else {
                 continue;
             };
-            self.append(id, &slice)?;
+            self.append(id, &slice.into())?;
             shared.rewritten.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
