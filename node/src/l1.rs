@@ -1,6 +1,7 @@
 //! The memory store.
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwapOption;
@@ -16,6 +17,9 @@ const WEIGHT_BYTES: usize = 4096;
 const _: () = assert!(
     pingora_slice_cluster::slice::SLICE_BYTES_MAX as usize / WEIGHT_BYTES < u16::MAX as usize
 );
+
+/// An object is large when it would take one part of memory in so many.
+const LARGE_DIVISOR: u64 = 8;
 
 /// What the index and the allocator take for one item, bytes.
 const ITEM_BYTES: usize = 384;
@@ -55,19 +59,25 @@ pub enum Kept {
 /// once does not push out what is asked for often (TinyUFO).
 pub struct L1 {
     store: TinyUfo<Key, Item>,
+    asked: Asked,
+    /// Objects of so many bytes are large.
+    large_bytes: u64,
     weight: AtomicI64,
     /// One at a time: what two put under one key at once is counted twice.
     putting: Mutex<()>,
 }
 
 impl L1 {
-    /// A store of at most `bytes_max` bytes, its index included.
-    pub fn new(bytes_max: u64) -> L1 {
+    /// A store of at most `bytes_max` bytes, its index included; most slices
+    /// have `slice_bytes`.
+    pub fn new(bytes_max: u64, slice_bytes: u32) -> L1 {
         let weight_max = (bytes_max as usize / WEIGHT_BYTES).max(1);
         // Sized for slices of 64 KiB: the estimator costs a few bytes each.
         let items = (bytes_max as usize / PAGE_BYTES).max(1024);
         L1 {
             store: TinyUfo::new(weight_max, items),
+            asked: Asked::new(2 * bytes_max / u64::from(slice_bytes)),
+            large_bytes: bytes_max / LARGE_DIVISOR,
             weight: AtomicI64::new(0),
             putting: Mutex::default(),
         }
@@ -79,6 +89,14 @@ impl L1 {
             Item::Slice(kept, cell) if kept == *id => cell.load().as_deref().cloned(),
             _ => None,
         }
+    }
+
+    /// Whether a slice that can be had from disk or from a peer, and was asked
+    /// for just now, is worth a place. One download of an object that would take
+    /// a good part of memory pushes nothing out, and does not pay for memory:
+    /// of those, what was asked for not long before.
+    pub fn is_worth_a_place(&self, id: &SliceId, object_bytes: Option<u64>) -> bool {
+        object_bytes.is_none_or(|bytes| bytes < self.large_bytes) || self.asked.note(id)
     }
 
     /// Offers a slice; frequency decides whether it stays.
@@ -174,8 +192,33 @@ fn weight(item: &Item) -> u16 {
     units.min(u16::MAX.into()) as u16
 }
 
+/// Which slices were asked for lately: about as many as it has places.
+struct Asked {
+    /// Hashes, each in the place that it names; others write over them.
+    places: Box<[AtomicU64]>,
+    hasher: RandomState,
+}
+
+impl Asked {
+    fn new(places: u64) -> Asked {
+        Asked {
+            places: (0..places.max(64)).map(|_| AtomicU64::new(0)).collect(),
+            hasher: RandomState::new(),
+        }
+    }
+
+    /// Notes that a slice is asked for; whether it was lately.
+    fn note(&self, id: &SliceId) -> bool {
+        let hash = self.hasher.hash_one(id);
+        let place = hash % self.places.len() as u64;
+        self.places[place as usize].swap(hash, Ordering::Relaxed) == hash
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use bytes::Bytes;
     use pingora_slice_cluster::Generation;
 
@@ -206,7 +249,7 @@ mod tests {
     fn what_is_evicted_is_freed() {
         const SLICE: usize = 64 * 1024;
         const ROOM: u64 = 16;
-        let l1 = L1::new(ROOM * SLICE as u64);
+        let l1 = L1::new(ROOM * SLICE as u64, SLICE as u32);
         let alive = Arc::new(());
         for round in 0..3 {
             for index in 0..1000 {
@@ -225,7 +268,7 @@ mod tests {
     #[test]
     fn many_threads_do_not_lose_count() {
         const SLICE: usize = 8 * 1024;
-        let l1 = L1::new(1 << 20);
+        let l1 = L1::new(1 << 20, SLICE as u32);
         let alive = Arc::new(());
         std::thread::scope(|scope| {
             for thread in 0..4 {
@@ -251,7 +294,7 @@ mod tests {
     fn what_is_dropped_and_comes_back_is_counted_once() {
         const SLICE: usize = 8 * 1024;
         const ROOM: u64 = 512 * 1024;
-        let l1 = L1::new(ROOM);
+        let l1 = L1::new(ROOM, SLICE as u32);
         let alive = Arc::new(());
         for n in 0..20_000 {
             l1.keep_slice(id(n), slice(&alive, SLICE));
@@ -268,5 +311,19 @@ mod tests {
         }
         let held = (Arc::strong_count(&alive) - 1) * SLICE;
         assert!(held as u64 > ROOM / 4, "{held} bytes live");
+    }
+
+    #[test]
+    fn slices_of_large_objects_come_in_when_asked_for_again() {
+        const SLICES: u32 = 64;
+        let l1 = L1::new(u64::from(SLICES) << 20, 1 << 20);
+        let large = u64::from(SLICES) << 17;
+        let worth = |of: Range<u32>| of.filter(|n| l1.is_worth_a_place(&id(*n), Some(large)));
+        assert!(l1.is_worth_a_place(&id(0), Some(large - 1)), "small");
+        assert!(l1.is_worth_a_place(&id(0), None), "nobody knows");
+        assert_eq!(worth(0..8).count(), 0);
+        assert_eq!(worth(0..8).count(), 8, "soon after");
+        assert_eq!(worth(1000..1000 + 20 * SLICES).count(), 0);
+        assert!(worth(0..8).count() < 4, "many others were asked for since");
     }
 }

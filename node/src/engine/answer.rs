@@ -200,7 +200,7 @@ impl Engine {
                     _ => Some(slice.checked_parts()),
                 }
             {
-                self.inner.l1.keep_slice(ask.slice, slice.clone());
+                self.keep_if_worth(ask.slice, &ask.version, || slice.clone());
                 return stored(slice.len(), parts, permit);
             }
             if let Some(read) = l2.slice_range(ask.slice, ask.start, ask.end).await {

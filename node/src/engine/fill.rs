@@ -139,7 +139,7 @@ impl Engine {
         if slice.len() != length as usize {
             return None;
         }
-        self.inner.l1.keep_slice(fill.slice, slice.clone());
+        self.keep_if_worth(fill.slice, &fill.version, || slice.clone());
         Some(SliceReader::Stored {
             slice,
             source: Source::L2,
@@ -315,7 +315,7 @@ impl Engine {
         if expected.is_some_and(|expected| expected as usize != slice.len()) {
             return None;
         }
-        self.inner.l1.keep_slice(fill.slice, slice.clone());
+        self.keep_if_worth(fill.slice, &fill.version, || slice.clone());
         Some((slice, Source::L2))
     }
 
@@ -544,15 +544,24 @@ impl Engine {
         let Some(slice) = self.landed(fill, flight) else {
             return;
         };
-        if let Some(l2) = self
-            .inner
-            .l2
-            .as_ref()
-            .filter(|_| self.is_keeper(fill.key, fill.place))
-        {
-            l2.keep_slice(fill.slice, slice.clone());
+        let is_on_disk = self.is_keeper(fill.key, fill.place)
+            && (self.inner.l2.as_ref()).is_some_and(|l2| l2.keep_slice(fill.slice, slice.clone()));
+        match is_on_disk || flight.source() == Some(Source::Peer) {
+            true => self.keep_if_worth(fill.slice, &fill.version, || slice.gather()),
+            false => self.inner.l1.keep_slice(fill.slice, slice.gather()),
         }
-        self.inner.l1.keep_slice(fill.slice, slice.gather());
+    }
+
+    /// Keeps a slice in memory that can be had again from disk or from a peer.
+    pub(super) fn keep_if_worth(
+        &self,
+        id: SliceId,
+        version: &Version,
+        slice: impl FnOnce() -> Slice,
+    ) {
+        if self.inner.l1.is_worth_a_place(&id, version.length) {
+            self.inner.l1.keep_slice(id, slice());
+        }
     }
 
     /// As [`Engine::land`], in memory only.
