@@ -321,7 +321,11 @@ impl Engine {
                 caching: config.caching.clone(),
             },
             budget: Budget::new(config.memory),
-            l1: L1::new(config.l1_bytes_max, config.slice_bytes),
+            l1: L1::new(
+                config.l1_bytes_max,
+                config.l2.as_ref().map(|l2| l2.bytes_max),
+                config.slice_bytes,
+            ),
             stitch: StitchLog::new(config.stitch_log, metrics.clone()),
             config,
             cluster,

@@ -240,10 +240,13 @@ impl Flight {
     }
 
     /// Everything that landed, as one slice; once, and when no more will land.
-    /// `None` when a part was damaged before it did.
+    /// `None` when a part was damaged, as far as that was seen.
     pub fn slice(&self) -> Option<SliceParts> {
         let sums = self.sums().take()?;
         let landed = self.landed();
+        if landed.spoiled {
+            return None;
+        }
         let parts = landed.parts.iter().map(|part| part.bytes.clone());
         Some(SliceParts::new(parts, sums))
     }

@@ -60,7 +60,7 @@ pub enum Kept {
 pub struct L1 {
     store: TinyUfo<Key, Item>,
     asked: Asked,
-    /// Objects of so many bytes are large.
+    /// Objects of so many bytes are large; none are without a disk.
     large_bytes: u64,
     weight: AtomicI64,
     /// One at a time: what two put under one key at once is counted twice.
@@ -69,15 +69,19 @@ pub struct L1 {
 
 impl L1 {
     /// A store of at most `bytes_max` bytes, its index included; most slices
-    /// have `slice_bytes`.
-    pub fn new(bytes_max: u64, slice_bytes: u32) -> L1 {
+    /// have `slice_bytes`. `disk_bytes_max`: of the store on disk, if there is one.
+    pub fn new(bytes_max: u64, disk_bytes_max: Option<u64>, slice_bytes: u32) -> L1 {
         let weight_max = (bytes_max as usize / WEIGHT_BYTES).max(1);
         // Sized for slices of 64 KiB: the estimator costs a few bytes each.
         let items = (bytes_max as usize / PAGE_BYTES).max(1024);
         L1 {
             store: TinyUfo::new(weight_max, items),
-            asked: Asked::new(2 * bytes_max / u64::from(slice_bytes)),
-            large_bytes: bytes_max / LARGE_DIVISOR,
+            asked: Asked::new(2 * bytes_max / u64::from(slice_bytes).max(PAGE_BYTES as u64)),
+            // A smaller disk would keep a slice for a shorter time than memory.
+            large_bytes: match disk_bytes_max {
+                Some(disk_bytes_max) if disk_bytes_max >= bytes_max => bytes_max / LARGE_DIVISOR,
+                _ => u64::MAX,
+            },
             weight: AtomicI64::new(0),
             putting: Mutex::default(),
         }
@@ -94,9 +98,12 @@ impl L1 {
     /// Whether a slice that can be had from disk or from a peer, and was asked
     /// for just now, is worth a place. One download of an object that would take
     /// a good part of memory pushes nothing out, and does not pay for memory:
-    /// of those, what was asked for not long before.
+    /// of those, what was asked for not long before. The first slice is, always:
+    /// when its owner dies, nodes without the manifest ask the origin for both.
     pub fn is_worth_a_place(&self, id: &SliceId, object_bytes: Option<u64>) -> bool {
-        object_bytes.is_none_or(|bytes| bytes < self.large_bytes) || self.asked.note(id)
+        id.index == 0
+            || object_bytes.is_none_or(|bytes| bytes < self.large_bytes)
+            || self.asked.note(id)
     }
 
     /// Offers a slice; frequency decides whether it stays.
@@ -249,7 +256,7 @@ mod tests {
     fn what_is_evicted_is_freed() {
         const SLICE: usize = 64 * 1024;
         const ROOM: u64 = 16;
-        let l1 = L1::new(ROOM * SLICE as u64, SLICE as u32);
+        let l1 = L1::new(ROOM * SLICE as u64, None, SLICE as u32);
         let alive = Arc::new(());
         for round in 0..3 {
             for index in 0..1000 {
@@ -268,7 +275,7 @@ mod tests {
     #[test]
     fn many_threads_do_not_lose_count() {
         const SLICE: usize = 8 * 1024;
-        let l1 = L1::new(1 << 20, SLICE as u32);
+        let l1 = L1::new(1 << 20, None, SLICE as u32);
         let alive = Arc::new(());
         std::thread::scope(|scope| {
             for thread in 0..4 {
@@ -294,7 +301,7 @@ mod tests {
     fn what_is_dropped_and_comes_back_is_counted_once() {
         const SLICE: usize = 8 * 1024;
         const ROOM: u64 = 512 * 1024;
-        let l1 = L1::new(ROOM, SLICE as u32);
+        let l1 = L1::new(ROOM, None, SLICE as u32);
         let alive = Arc::new(());
         for n in 0..20_000 {
             l1.keep_slice(id(n), slice(&alive, SLICE));
@@ -316,14 +323,19 @@ mod tests {
     #[test]
     fn slices_of_large_objects_come_in_when_asked_for_again() {
         const SLICES: u32 = 64;
-        let l1 = L1::new(u64::from(SLICES) << 20, 1 << 20);
+        let bytes_max = u64::from(SLICES) << 20;
+        let l1 = L1::new(bytes_max, Some(bytes_max), 1 << 20);
         let large = u64::from(SLICES) << 17;
         let worth = |of: Range<u32>| of.filter(|n| l1.is_worth_a_place(&id(*n), Some(large)));
-        assert!(l1.is_worth_a_place(&id(0), Some(large - 1)), "small");
-        assert!(l1.is_worth_a_place(&id(0), None), "nobody knows");
-        assert_eq!(worth(0..8).count(), 0);
-        assert_eq!(worth(0..8).count(), 8, "soon after");
+        assert!(l1.is_worth_a_place(&id(1), Some(large - 1)), "small");
+        assert!(l1.is_worth_a_place(&id(1), None), "nobody knows");
+        assert_eq!(worth(0..9).collect::<Vec<_>>(), [0]);
+        assert_eq!(worth(1..9).count(), 8, "soon after");
         assert_eq!(worth(1000..1000 + 20 * SLICES).count(), 0);
-        assert!(worth(0..8).count() < 4, "many others were asked for since");
+        assert!(worth(1..9).count() < 4, "many others were asked for since");
+        for disk_bytes_max in [None, Some(bytes_max - 1)] {
+            let l1 = L1::new(bytes_max, disk_bytes_max, 1 << 20);
+            assert!(l1.is_worth_a_place(&id(1), Some(large)), "no larger disk");
+        }
     }
 }

@@ -172,6 +172,24 @@ impl SliceParts {
         disk_sums(&self.growing)
     }
 
+    /// A copy of the bytes of `range` (within the slice), if they, and what else
+    /// lies in the steps that it touches, match their checksums.
+    pub fn checked(&self, range: Range<usize>) -> Option<Bytes> {
+        let start = range.start / STEP_BYTES * STEP_BYTES;
+        let end = range.end.next_multiple_of(STEP_BYTES).min(self.len());
+        let mut bytes = BytesMut::with_capacity(end - start);
+        let mut at = 0;
+        for part in self.parts.iter() {
+            let from = start.clamp(at, at + part.len()) - at;
+            let to = end.clamp(at, at + part.len()) - at;
+            bytes.extend_from_slice(&part[from..to]);
+            at += part.len();
+        }
+        let bytes = bytes.freeze();
+        are_intact(&bytes, start, &self.growing, STEP_BYTES)
+            .then(|| bytes.slice(range.start - start..range.end - start))
+    }
+
     /// A copy in one run, which holds nothing of what the parts were views of. Its
     /// sums are those of the bytes as they landed.
     pub fn gather(&self) -> Slice {
@@ -318,6 +336,18 @@ mod tests {
             let gathered = landed.gather();
             assert_eq!(gathered.bytes(), whole.bytes());
             assert_eq!(gathered.growing, whole.growing);
+            for range in [0..1, 4095..4097, 39_999..80_001, LEN - 1..LEN, 0..LEN, 5..5] {
+                let expected = whole.bytes().slice(range.clone());
+                assert_eq!(landed.checked(range), Some(expected));
+            }
+            let mut flipped = bytes.clone();
+            flipped[50_000] ^= 1;
+            let flipped = SliceParts {
+                parts: flipped.chunks(cut).map(Bytes::copy_from_slice).collect(),
+                ..landed
+            };
+            assert_eq!(flipped.checked(49_200..49_201), None, "in the same step");
+            assert!(flipped.checked(0..40_000).is_some(), "elsewhere");
             for damaged in 0..LEN.div_ceil(cut) {
                 let mut sums = Sums::default();
                 let intact = parts().enumerate().map(|(n, bytes)| {

@@ -137,7 +137,7 @@ fn purges(c: &mut Criterion) {
 }
 
 fn memory(c: &mut Criterion) {
-    let l1 = L1::new(256 * MIB as u64, MIB as u32);
+    let l1 = L1::new(256 * MIB as u64, None, MIB as u32);
     let object = Arc::new(Stored::new(manifest()));
     l1.keep_record(1, Kept::Manifest(object));
     let id = SliceId {

@@ -191,10 +191,7 @@ impl Engine {
             && let Some(l2) = &self.inner.l2
         {
             if ask.start == 0
-                && let Some(slice) = match l2.slice_now(ask.slice) {
-                    Some(slice) => Some(slice),
-                    None => l2.slice(ask.slice).await,
-                }
+                && let Some(slice) = l2.slice(ask.slice).await
                 && let Some(parts) = match ask.end as usize {
                     end if end < slice.len() => slice.parts(0..end),
                     _ => Some(slice.checked_parts()),

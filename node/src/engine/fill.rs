@@ -478,7 +478,8 @@ impl Engine {
     /// The fill whose bytes are already arriving: the slice that came with a
     /// new manifest.
     pub(super) fn adopt(&self, fill: Fill, body: OriginBody) {
-        if self.inner.l1.slice(&fill.slice).is_some() {
+        let l2 = self.inner.l2.as_ref();
+        if self.inner.l1.slice(&fill.slice).is_some() || l2.is_some_and(|l2| l2.has(&fill.slice)) {
             return;
         }
         let (flight, _) = self.inner.fills.join(fill.slice, 0..fill.end());
@@ -544,9 +545,14 @@ impl Engine {
         let Some(slice) = self.landed(fill, flight) else {
             return;
         };
-        let is_on_disk = self.is_keeper(fill.key, fill.place)
-            && (self.inner.l2.as_ref()).is_some_and(|l2| l2.keep_slice(fill.slice, slice.clone()));
-        match is_on_disk || flight.source() == Some(Source::Peer) {
+        let is_elsewhere = match self.is_keeper(fill.key, fill.place) {
+            true => {
+                (self.inner.l2.as_ref()).is_some_and(|l2| l2.keep_slice(fill.slice, slice.clone()))
+            }
+            false => flight.source() == Some(Source::Peer),
+        };
+        // What is not given by ranges costs all of it to have again.
+        match is_elsewhere && !fill.version.whole {
             true => self.keep_if_worth(fill.slice, &fill.version, || slice.gather()),
             false => self.inner.l1.keep_slice(fill.slice, slice.gather()),
         }

@@ -122,13 +122,14 @@ impl Engine {
         for touched in touched(start..end, manifest.version.slice_bytes) {
             let fill = Fill::of(request.key, manifest, &request.origin, touched.index);
             let (flight, _) = self.inner.fills.join(fill.slice, 0..touched.end);
-            let mut slice = bytes.split_to((touched.end - touched.start) as usize);
+            let slice = bytes.split_to((touched.end - touched.start) as usize);
             if !flight.claim() {
                 continue;
             }
             flight.note_source(Source::Origin);
-            while !slice.is_empty() {
-                flight.land(Part::new(slice.split_to(slice.len().min(PAGE_BYTES))));
+            // Copies: a slice that waits for the disk does not hold all of the part.
+            for page in slice.chunks(PAGE_BYTES) {
+                flight.land(Part::new(Bytes::copy_from_slice(page)));
             }
             self.finish_origin_fill(&fill, &flight, Ok(()));
         }

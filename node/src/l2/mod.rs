@@ -114,6 +114,11 @@ impl L2 {
         self.store.load().as_ref()?.slice_now(id)
     }
 
+    /// Whether a slice is here, as far as that is known without a wait for the disk.
+    pub fn has(&self, id: &SliceId) -> bool {
+        self.store.load().as_ref().is_some_and(|l2| l2.has(id))
+    }
+
     /// Bytes `start..end` of a slice: reads and verifies only the pages touched.
     pub async fn slice_range(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
         self.store.load_full()?.slice_range(id, start, end).await

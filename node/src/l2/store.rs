@@ -17,8 +17,8 @@ use tokio::sync::{Semaphore, oneshot};
 use tracing::warn;
 
 use super::index::{Index, IndexWriter};
-use super::region::{Place, REGION_BYTES_MAX, ReadError, Regions};
-use super::row::SliceRow;
+use super::region::{Place, REGION_BYTES_MAX, ReadError, Regions, entry_bytes};
+use super::row::{INLINE_BYTES_MAX, SliceRow};
 use super::writer::{Job, Writer};
 use super::{L2Config, L2Error, L2Read, L2Stats};
 use crate::slice::{Slice, SliceParts};
@@ -107,6 +107,8 @@ pub(super) struct Shared {
     pub(super) pending: Mutex<Pending>,
     pub(super) queued_bytes: AtomicU64,
     pub(super) is_writable: AtomicBool,
+    /// Whether the last slice was written, and the disk is as large as its bound.
+    pub(super) is_keeping: AtomicBool,
     /// Set when `stop` has waited long enough: what is queued is dropped.
     pub(super) is_abandoned: AtomicBool,
     pub(super) writes: AtomicU64,
@@ -188,6 +190,7 @@ impl Store {
             pending: Mutex::default(),
             queued_bytes: AtomicU64::new(0),
             is_writable: AtomicBool::new(true),
+            is_keeping: AtomicBool::new(true),
             is_abandoned: AtomicBool::new(false),
             writes: AtomicU64::new(0),
             rewritten: AtomicU64::new(0),
@@ -216,6 +219,9 @@ impl Store {
         if let Some(slice) = self.pending_slice(id) {
             return Some(slice);
         }
+        if let Some(slice) = self.slice_now(id) {
+            return Some(slice);
+        }
         self.read(move |l2| match l2.row(id)? {
             SliceRow::Inline(slice) => Some(slice),
             SliceRow::InRegion(place, sums) => {
@@ -240,12 +246,19 @@ impl Store {
         Some(slice)
     }
 
+    /// Whether a slice is here, as far as that is known without a wait for the disk.
+    pub(super) fn has(&self, id: &SliceId) -> bool {
+        let place = self.places().known.get(id).map(|(place, _)| *place);
+        place.is_some_and(|place| self.shared.regions.is_live(&place))
+            || self.shared.pending().slices.contains_key(id)
+    }
+
     /// Bytes `start..end` of a slice: reads and verifies only the steps touched.
     pub(super) async fn slice_range(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
-        if let Some(slice) = self.pending_slice(id) {
+        if let Some(slice) = self.pending_parts(&id) {
             let slice_bytes = slice.len() as u32;
             let (start, end) = cut(start, end, slice_bytes);
-            let bytes = slice.bytes().slice(start as usize..end as usize);
+            let bytes = slice.checked(start as usize..end as usize)?;
             return Some(L2Read { bytes, slice_bytes });
         }
         if let Some(read) = self.read_now(id, start, end) {
@@ -306,6 +319,11 @@ impl Store {
         if bytes == 0 {
             return false;
         }
+        let region_bytes = u64::from(self.shared.regions.region_bytes());
+        if slice.len() > INLINE_BYTES_MAX && entry_bytes(slice.len() as u32) > region_bytes {
+            self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
         // In the map before the queue: the writer takes it out once written.
         self.shared.pending().slices.insert(id, slice.clone());
         if !self.reserve(bytes) || !self.queue(Job::Slice(id, slice)) {
@@ -314,7 +332,7 @@ impl Store {
             self.shared.dropped.fetch_add(1, Ordering::Relaxed);
             return false;
         }
-        self.shared.is_writable.load(Ordering::Relaxed)
+        self.shared.is_keeping.load(Ordering::Relaxed)
     }
 
     /// The manifest (encoded) kept under `key`.
@@ -430,9 +448,12 @@ impl Store {
     }
 
     fn pending_slice(&self, id: SliceId) -> Option<Slice> {
-        let parts = self.shared.pending().slices.get(&id).cloned()?;
-        let slice = parts.gather();
+        let slice = self.pending_parts(&id)?.gather();
         slice.is_intact_in(0..slice.len()).then_some(slice)
+    }
+
+    fn pending_parts(&self, id: &SliceId) -> Option<SliceParts> {
+        self.shared.pending().slices.get(id).cloned()
     }
 
     fn queue_manifest(&self, key: u128, manifest: Option<Bytes>) {

@@ -514,7 +514,8 @@ async fn a_full_queue_drops_and_counts() {
     assert!(stats.dropped > 0 && stats.writes > 0, "{stats:?}");
     assert_eq!(l2.shared.queued_bytes.load(Ordering::Relaxed), 0);
     // One that never fits.
-    l2.keep_slice(id(count), slice(2, 40 << 20).into());
+    let too_large = slice(2, 40 << 20).into();
+    assert!(!l2.keep_slice(id(count), too_large), "not to be expected");
     l2.settled().await;
     assert_eq!(l2.stats().dropped, stats.dropped + 1);
     l2.stop().await;

@@ -175,6 +175,9 @@ impl Writer {
                     &self.shared.dropped
                 };
                 counter.fetch_add(1, Ordering::Relaxed);
+                self.shared
+                    .is_keeping
+                    .store(done.is_ok() && !self.is_short, Ordering::Relaxed);
                 self.shared.pending().slices.remove(&id);
                 done
             }
@@ -215,9 +218,6 @@ impl Writer {
             return Ok(self
                 .index
                 .put_slice(id, &SliceRow::Inline(slice.gather()))?);
-        }
-        if region::entry_bytes(slice.len() as u32) > u64::from(self.shared.regions.region_bytes()) {
-            return Err(Trouble::NoRoom);
         }
         while !self
             .head
