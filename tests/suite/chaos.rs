@@ -64,6 +64,8 @@ const MEMORY_BYTES: u64 = 512 * 1024;
 const TELL_EVERY: Duration = Duration::from_secs(60);
 /// So much longer it goes on while too little has happened.
 const OVERTIME_MAX: Duration = Duration::from_secs(120);
+/// What a node may take to say something of itself.
+const LOOK_MAX: Duration = Duration::from_secs(1);
 /// A soft purge is obeyed within this time.
 const SOFTLY_MAX: Duration = Duration::from_secs(60);
 
@@ -288,7 +290,7 @@ impl Herd for TestCluster {
             let token = format!("Bearer {ADMIN_TOKEN}");
             let ask = Ask::get("/v1/cluster").header("Authorization", token);
             let asking = ask.send(node.admin_address());
-            if let Ok(Ok(reply)) = timeout(Duration::from_secs(1), asking).await
+            if let Ok(Ok(reply)) = timeout(LOOK_MAX, asking).await
                 && let Ok(status) = serde_json::from_slice::<serde_json::Value>(&reply.body)
                 && let Some(leader) = status["leader"].as_u64()
             {
@@ -313,6 +315,26 @@ impl Herd for TestCluster {
             .send(self.node(id).metrics_address())
             .await;
         asking.is_ok_and(|reply| reply.status == 200)
+    }
+
+    async fn state(&self) -> String {
+        let mut state = String::new();
+        for node in self.nodes() {
+            let token = format!("Bearer {ADMIN_TOKEN}");
+            let cluster = Ask::get("/v1/cluster").header("Authorization", token);
+            for (ask, address) in [
+                (Ask::get("/ready"), node.metrics_address()),
+                (cluster, node.admin_address()),
+            ] {
+                let said = match timeout(LOOK_MAX, ask.send(address)).await {
+                    Ok(Ok(reply)) => String::from_utf8_lossy(&reply.body).into_owned(),
+                    Ok(Err(error)) => error.to_string(),
+                    Err(late) => late.to_string(),
+                };
+                state += &format!("node {}: {said}\n", node.id());
+            }
+        }
+        state
     }
 
     fn origin(&self) -> &Origin {

@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
 
 use super::Shared;
 use super::network::Request;
@@ -33,6 +34,8 @@ const ANSWER: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_millis(50);
 /// How often the clocks are compared (rule 17), and renewals looked after.
 const COMPARE: Duration = Duration::from_millis(100);
+/// How long a node is without a lease before it says so, and between saying so again.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 /// What writing the first entry of a reign may take before it is tried again.
 const FIRST_ENTRY: Duration = Duration::from_secs(2);
 
@@ -365,9 +368,12 @@ impl Shared {
         }
     }
 
-    /// Renews this node's lease in good time.
+    /// Renews this node's lease in good time, and says why where it cannot.
     async fn keep_lease(self: Arc<Self>) {
         let mut leader = None;
+        let mut why = String::new();
+        // When there last was a lease, or it was said that there is none.
+        let mut told = Instant::now();
         loop {
             if self.leader() != leader {
                 leader = self.leader();
@@ -380,6 +386,7 @@ impl Shared {
                     .hold(|holder| holder.renewal(now(), wall(), applied)),
                 None => {
                     self.leases.hold(|holder| holder.compare(now(), wall()));
+                    why = "there is no leader".to_owned();
                     None
                 }
             };
@@ -389,10 +396,19 @@ impl Shared {
                         Ok(grant) => {
                             self.leases.hold(|holder| holder.granted(now(), wall(), &grant));
                         }
-                        Err(reason) => tracing::debug!(%leader, reason, "no lease"),
+                        Err(reason) => {
+                            tracing::debug!(%leader, reason, "no lease");
+                            why = format!("node {leader}: {reason}");
+                        }
                     },
                     () = self.leader_changes(Some(leader)) => continue,
                 }
+            }
+            if self.leases.may_serve() {
+                told = Instant::now();
+            } else if told.elapsed() >= TELL_EVERY {
+                told = Instant::now();
+                tracing::warn!(why, "no lease: this node asks the origin for everything");
             }
             let due = self
                 .leases

@@ -239,6 +239,10 @@ impl Herd for Fleet {
         )
     }
 
+    async fn state(&self) -> String {
+        String::new()
+    }
+
     fn origin(&self) -> &Origin {
         &self.origin
     }

@@ -54,6 +54,8 @@ pub(super) trait Herd {
     fn relieve(&mut self, id: u64);
     /// Whether a node serves.
     async fn is_ready(&self, id: u64) -> bool;
+    /// What the nodes say of themselves and of each other.
+    async fn state(&self) -> String;
     fn origin(&self) -> &Origin;
 }
 
@@ -147,7 +149,9 @@ pub(super) async fn harm_processes(
     for id in ids {
         while !herd.is_ready(id).await {
             revive(herd, world, id, was_full);
-            assert!(started.elapsed() < WAIT_MAX, "node {id} does not get ready");
+            if started.elapsed() >= WAIT_MAX {
+                panic!("node {id} does not get ready\n{}", herd.state().await);
+            }
             sleep(LOOK_EVERY).await;
         }
     }
