@@ -1,7 +1,7 @@
 //! What we are measured against where no other program is: the floors.
 //!
 //! ```text
-//! parts floor ADDRESS              a Pingora server that writes bytes from memory and does nothing else
+//! parts floor ADDRESS OBJECTS      a Pingora server that writes bytes from memory and does nothing else
 //! parts pread FILE PIECE SECONDS   random aligned reads of PIECE bytes
 //! parts write FILE MIB             a sequential write with a checksum per 64 KiB
 //! parts quic bare|ours SECONDS     slices of 1 MiB between two QUIC endpoints in this process
@@ -10,6 +10,7 @@
 //! Built with the release profile, as the daemon is; each but `floor` prints
 //! one line of JSON. Not here: who is run when, and what it means (`main`).
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::fs::FileExt;
@@ -43,7 +44,7 @@ fn main() -> Result<()> {
         .collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["floor", address] => floor(address),
+        ["floor", address, objects] => floor(address, objects.parse()?),
         ["pread", file, piece, seconds] => pread(file, piece.parse()?, seconds.parse()?),
         ["write", file, mib] => write(file, mib.parse()?),
         ["quic", kind, seconds] => quic::run(kind, Duration::from_secs_f64(seconds.parse()?)),
@@ -53,9 +54,11 @@ fn main() -> Result<()> {
     }
 }
 
-/// `GET /BYTES` is answered with that many bytes, or a range of them.
+/// `GET /BYTES` is answered with that many bytes, or a range of them;
+/// `GET /1024?OBJECT` with an object of its own.
 struct Floor {
     bytes: Bytes,
+    objects: HashMap<String, Bytes>,
 }
 
 #[async_trait]
@@ -93,6 +96,9 @@ impl ProxyHttp for Floor {
             answer.insert_header("content-range", format!("bytes {first}-{last}/{total}"))?;
         }
         let range = range.unwrap_or(0..total);
+        let object = head.uri.path_and_query();
+        let object = object.and_then(|name| self.objects.get(name.as_str()));
+        let bytes = object.unwrap_or(&self.bytes);
         answer.insert_header("content-length", range.len())?;
         session
             .write_response_header(Box::new(answer), false)
@@ -100,7 +106,7 @@ impl ProxyHttp for Floor {
         let mut at = range.start;
         while at < range.end {
             let end = ((at / MIB + 1) * MIB).min(range.end);
-            let piece = self.bytes.slice(at..end);
+            let piece = bytes.slice(at..end);
             session
                 .write_response_body(Some(piece), end == range.end)
                 .await?;
@@ -110,7 +116,8 @@ impl ProxyHttp for Floor {
     }
 }
 
-fn floor(address: &str) -> Result<()> {
+fn floor(address: &str, objects: u32) -> Result<()> {
+    const OBJECT_BYTES: usize = 1024;
     let conf = ServerConf {
         threads: 1,
         ..ServerConf::default()
@@ -119,6 +126,12 @@ fn floor(address: &str) -> Result<()> {
     server.bootstrap();
     let floor = Floor {
         bytes: vec![0x5a; FLOOR_BYTES].into(),
+        objects: (0..objects)
+            .map(|object| {
+                let name = format!("/{OBJECT_BYTES}?{object}");
+                (name, vec![0x5a; OBJECT_BYTES].into())
+            })
+            .collect(),
     };
     let mut service = http_proxy_service(&server.configuration, floor);
     service.add_tcp(address);

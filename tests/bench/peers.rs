@@ -272,6 +272,11 @@ impl Home {
 
     /// The floor: Pingora writing bytes from memory.
     pub async fn floor(&self, parts: &Path) -> Result<Server> {
+        self.floor_with(parts, 0).await
+    }
+
+    /// The same, with so many objects of 1 KiB in a map.
+    pub async fn floor_with(&self, parts: &Path, objects: u64) -> Result<Server> {
         let ports = Ports::claim();
         let listen = ports.at(0).to_string();
         self.server(
@@ -279,7 +284,7 @@ impl Home {
             ports,
             SERVER_CORE,
             path(parts),
-            &["floor", &listen],
+            &["floor", &listen, &objects.to_string()],
         )
         .await
     }

@@ -707,6 +707,11 @@ impl Bench<'_> {
 
     async fn growth(&self, report: &mut Report) -> Result<()> {
         const COUNTS: [u64; 3] = [1, 1_000, 1_000_000];
+        const MANY: u64 = COUNTS[2];
+        let asked = |count| Pattern::Many {
+            path: "/1024",
+            count,
+        };
         let mut nodes = Vec::new();
         for count in COUNTS {
             let ours = self.ours(&[("l1_cache_size_bytes", "12g")]).await?;
@@ -715,19 +720,12 @@ impl Bench<'_> {
         }
         let one = Side::ours(&nodes[0].1);
         for (count, ours) in &nodes[1..] {
-            for (what, asked) in [("one", 1), ("any", *count)] {
-                let pattern = Pattern::Many {
-                    path: "/1024",
-                    count: asked,
-                };
+            for (what, asked_for) in [("one", 1), ("any", *count)] {
                 let mut pairs = Vec::new();
                 for _ in 0..self.settings.pairs {
-                    let a = self.figures(Side::ours(ours), 64, pattern).await?[0];
-                    let alone = Pattern::Many {
-                        path: "/1024",
-                        count: 1,
-                    };
-                    pairs.push((a, self.figures(one, 64, alone).await?[0]));
+                    let many = self.figures(Side::ours(ours), 64, asked(asked_for));
+                    let many = many.await?[0];
+                    pairs.push((many, self.figures(one, 64, asked(1)).await?[0]));
                 }
                 report.add(Comparison {
                     row: "growth",
@@ -738,6 +736,25 @@ impl Bench<'_> {
                     pairs,
                 });
             }
+        }
+        drop(nodes);
+        // What asking for many costs wrk, the kernel and one look-up in a map.
+        let floor = self.home.floor_with(self.parts, MANY).await?;
+        for count in &COUNTS[1..] {
+            let mut pairs = Vec::new();
+            for _ in 0..self.settings.pairs {
+                let many = self.figures(Side::of(&floor), 64, asked(*count)).await?[0];
+                let one = self.figures(Side::of(&floor), 64, asked(1)).await?[0];
+                pairs.push((many, one));
+            }
+            report.add(Comparison {
+                row: "growth",
+                work: format!("the floor with a map: any of {count}"),
+                against: "one".into(),
+                unit: "requests/s",
+                aim: Aim::None,
+                pairs,
+            });
         }
         Ok(())
     }
