@@ -431,8 +431,13 @@ impl Bench<'_> {
             let mut cpu = [0.0; 2];
             let mut time = [0.0; 2];
             for (at, l2) in ["true", "false"].into_iter().enumerate() {
+                // More memory than disk: what is read is kept in memory on both sides.
                 let ours = self
-                    .ours(&[("enable_l2_cache", l2), ("l2_cache_size_bytes", "4g")])
+                    .ours(&[
+                        ("enable_l2_cache", l2),
+                        ("l2_cache_size_bytes", "4g"),
+                        ("l1_cache_size_bytes", "5g"),
+                    ])
                     .await?;
                 let us = Side::ours(&ours);
                 touch_memory();
