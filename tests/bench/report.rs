@@ -187,7 +187,9 @@ impl Report {
                 let ratio = spread(&c.ratios()).0;
                 let share = match c.aim {
                     Aim::AtLeast(least) => ratio / least,
-                    Aim::AtMost(most) => most / ratio,
+                    // A difference may be nothing, or less.
+                    Aim::AtMost(most) if ratio > 0.0 => most / ratio,
+                    Aim::AtMost(_) => f64::INFINITY,
                     Aim::None => return None,
                 };
                 Some((c, ratio, share))
