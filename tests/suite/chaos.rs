@@ -252,6 +252,10 @@ async fn softly(cluster: &TestCluster, world: &World, doors: &Doors) {
     }
 }
 
+fn ask_for_cluster() -> Ask {
+    Ask::get("/v1/cluster").header("Authorization", format!("Bearer {ADMIN_TOKEN}"))
+}
+
 impl Herd for TestCluster {
     fn size(&self) -> u64 {
         self.nodes().len() as u64
@@ -287,8 +291,7 @@ impl Herd for TestCluster {
 
     async fn leader(&self) -> Option<u64> {
         for node in self.nodes() {
-            let token = format!("Bearer {ADMIN_TOKEN}");
-            let ask = Ask::get("/v1/cluster").header("Authorization", token);
+            let ask = ask_for_cluster();
             let asking = ask.send(node.admin_address());
             if let Ok(Ok(reply)) = timeout(LOOK_MAX, asking).await
                 && let Ok(status) = serde_json::from_slice::<serde_json::Value>(&reply.body)
@@ -320,11 +323,9 @@ impl Herd for TestCluster {
     async fn state(&self) -> String {
         let mut state = String::new();
         for node in self.nodes() {
-            let token = format!("Bearer {ADMIN_TOKEN}");
-            let cluster = Ask::get("/v1/cluster").header("Authorization", token);
             for (ask, address) in [
                 (Ask::get("/ready"), node.metrics_address()),
-                (cluster, node.admin_address()),
+                (ask_for_cluster(), node.admin_address()),
             ] {
                 let said = match timeout(LOOK_MAX, ask.send(address)).await {
                     Ok(Ok(reply)) => String::from_utf8_lossy(&reply.body).into_owned(),
