@@ -59,6 +59,23 @@ async fn a_cluster_that_is_restarted_as_one_remembers_everything() {
     assert_eq!(kept.fetches(), 0, "{:#?}", kept.seen());
 }
 
+/// A node that comes back has to tell what it had applied before: no other entry
+/// comes, and a hard purge is among those that it applies again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_follower_that_comes_back_to_a_quiet_cluster_gets_ready() {
+    let mut cluster = TestCluster::start(3).await;
+    let purge = cluster
+        .node(1)
+        .purge_with("/film", &[("X-Purge-Mode", "hard")])
+        .await;
+    cluster.until_applied(&purge).await;
+    let (_, status) = cluster.node(1).admin("GET", "/v1/cluster", None).await;
+    let leader = status["leader"].as_u64().unwrap();
+    let follower = if leader == 1 { 2 } else { 1 };
+    cluster.node_mut(follower).kill();
+    cluster.node_mut(follower).restart().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_machine_remembers_its_purges() {
     let mut cluster = TestCluster::alone().await;

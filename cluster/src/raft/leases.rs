@@ -294,6 +294,8 @@ impl Shared {
     /// Runs the linearizable reads that the table asks for, one at a time.
     async fn run_rounds(self: Arc<Self>) {
         let mut rounds = self.leases.round.subscribe();
+        // One may have been asked for before this began.
+        rounds.mark_changed();
         while rounds.changed().await.is_ok() {
             let round = *rounds.borrow_and_update();
             // Confirms that a quorum still follows; the position it returns is
@@ -328,11 +330,15 @@ impl Shared {
         }
     }
 
-    /// Sees to it that what was applied is settled soon.
+    /// Sees to it that what was applied is settled soon: at first what was before
+    /// this began, from the log and the snapshot of an earlier run.
     async fn settle(self: Arc<Self>) {
         let mut progress = self.replica.progress();
-        while progress.changed().await.is_ok() {
+        loop {
             self.replica.settle().await;
+            if progress.changed().await.is_err() {
+                return;
+            }
         }
     }
 
@@ -421,7 +427,9 @@ impl Shared {
 
     async fn ask_for_lease(&self, leader: NodeId, renewal: Renewal) -> Result<Grant, String> {
         let answer = if leader == self.me {
-            self.renew(self.me, renewal).await
+            tokio::time::timeout(ANSWER, self.renew(self.me, renewal))
+                .await
+                .map_err(|_| "it does not answer itself in time".to_owned())?
         } else {
             let request = Request::Renew(renewal);
             self.peers
