@@ -495,7 +495,7 @@ impl Front {
     ) -> Result<(ResponseHeader, Vec<Piece>)> {
         let (mut parts, ()) = http::Response::new(()).into_parts();
         if keeps_fields(&plan) {
-            parts.headers = found.object.fields().clone();
+            parts.headers = found.object.fields();
         }
         let mut head = ResponseHeader::from(parts);
         let pieces = self.complete(&mut head, found, plan, fenced)?;

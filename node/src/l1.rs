@@ -1,43 +1,35 @@
-//! The memory store.
+//! The memory store: a table of what is kept within a budget of bytes.
+//!
+//! Scan-resistant: what was asked for once goes before what was asked for again
+//! (`quick_cache`, whose rule is near S3-FIFO's). What leaves the table is freed
+//! at once, unless an answer is being made of it.
 
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use arc_swap::ArcSwapOption;
 use pingora_slice_cluster::SliceId;
-use tinyufo::TinyUfo;
+use quick_cache::sync::{Cache, DefaultLifecycle};
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
 use crate::manifest::{Stored, Url};
 use crate::slice::{PAGE_BYTES, Slice};
 
-/// Weight unit of the store, bytes: TinyUFO's weights are 16-bit, and the
-/// largest slice is 10 MiB.
-const WEIGHT_BYTES: usize = 4096;
-const _: () = assert!(
-    pingora_slice_cluster::slice::SLICE_BYTES_MAX as usize / WEIGHT_BYTES < u16::MAX as usize
-);
-
 /// An object is large when it would take one part of memory in so many.
 const LARGE_DIVISOR: u64 = 8;
 
-/// What the index and the allocator take for one item, bytes.
+/// What the table and the allocator take for one item, bytes.
 const ITEM_BYTES: usize = 384;
+/// The same for a field: it is kept as two strings, and as it is written.
+const FIELD_BYTES: usize = 96;
 
-/// What keeps its place in memory.
-#[derive(Clone)]
-enum Item {
-    /// With its name: TinyUFO tells keys apart by 64 bits of hash only. In a
-    /// cell that is emptied on eviction: TinyUFO frees what it has evicted some
-    /// dozens of evictions later, by thread.
-    Slice(SliceId, Arc<ArcSwapOption<Slice>>),
-    Manifest(Arc<Stored>),
-    /// The fields that the object under this key varies by.
-    Varies(Arc<(Url, Vec<String>)>),
-    /// Nothing any more: what is dropped leaves its place to age. TinyUFO's own
-    /// `remove` leaves the key in its queue, and a key that came back would be
-    /// taken from the queue, and from the sum of weights, twice.
-    Dropped,
-}
+/// A part of the table, with a lock of its own, has room for so many slices at
+/// least: parts fill alike, and one that is full drops what others had room for.
+const SHARD_SLICES: u64 = 512;
+const SHARDS_MAX: u64 = 64;
+
+/// Part of the budget that what was asked for again may take; the rest is for what
+/// was asked for once, while there is not enough of the former.
+const HOT: f64 = 0.9;
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Key {
@@ -45,52 +37,63 @@ enum Key {
     Record(u128),
 }
 
+#[derive(Clone)]
+enum Item {
+    Slice(Slice),
+    Record(Kept),
+}
+
 /// What is stored under a manifest key.
 #[derive(Clone)]
 pub enum Kept {
     /// A manifest.
     Manifest(Arc<Stored>),
-    /// A pointer to the variants.
+    /// A pointer to the variants: the fields that the object varies by.
     Varies(Arc<(Url, Vec<String>)>),
 }
 
-/// Manifests and slices within a budget. Scan-resistant: what was asked for
-/// once does not push out what is asked for often (TinyUFO).
+/// Manifests and slices within a budget.
 pub struct L1 {
-    store: TinyUfo<Key, Item>,
+    store: Cache<Key, Item, Weight>,
     asked: Asked,
     /// Objects of so many bytes are large; none are without a disk.
     large_bytes: u64,
-    weight: AtomicI64,
-    /// One at a time: what two put under one key at once is counted twice.
-    putting: Mutex<()>,
 }
 
 impl L1 {
     /// A store of at most `bytes_max` bytes, its index included; most slices
     /// have `slice_bytes`. `disk_bytes_max`: of the store on disk, if there is one.
     pub fn new(bytes_max: u64, disk_bytes_max: Option<u64>, slice_bytes: u32) -> L1 {
-        let weight_max = (bytes_max as usize / WEIGHT_BYTES).max(1);
-        // Sized for slices of 64 KiB: the estimator costs a few bytes each.
-        let items = (bytes_max as usize / PAGE_BYTES).max(1024);
+        let slice_bytes = u64::from(slice_bytes).max(PAGE_BYTES as u64);
+        let shards = (bytes_max / slice_bytes / SHARD_SLICES).clamp(1, SHARDS_MAX);
+        let options = OptionsBuilder::new()
+            .weight_capacity(bytes_max)
+            .estimated_items_capacity((bytes_max as usize / PAGE_BYTES).max(1024))
+            .shards(shards as usize)
+            .hot_allocation(HOT)
+            .build()
+            .expect("both capacities are given");
         L1 {
-            store: TinyUfo::new(weight_max, items),
-            asked: Asked::new(2 * bytes_max / u64::from(slice_bytes).max(PAGE_BYTES as u64)),
+            store: Cache::with_options(
+                options,
+                Weight,
+                DefaultHashBuilder::default(),
+                DefaultLifecycle::default(),
+            ),
+            asked: Asked::new(2 * bytes_max / slice_bytes),
             // A smaller disk would keep a slice for a shorter time than memory.
             large_bytes: match disk_bytes_max {
                 Some(disk_bytes_max) if disk_bytes_max >= bytes_max => bytes_max / LARGE_DIVISOR,
                 _ => u64::MAX,
             },
-            weight: AtomicI64::new(0),
-            putting: Mutex::default(),
         }
     }
 
     /// The slice, if it is here.
     pub fn slice(&self, id: &SliceId) -> Option<Slice> {
         match self.store.get(&Key::Slice(*id))? {
-            Item::Slice(kept, cell) if kept == *id => cell.load().as_deref().cloned(),
-            _ => None,
+            Item::Slice(slice) => Some(slice),
+            Item::Record(_) => None,
         }
     }
 
@@ -105,97 +108,64 @@ impl L1 {
             || self.asked.note(id)
     }
 
-    /// Offers a slice; frequency decides whether it stays.
+    /// Offers a slice; what was asked for again may be worth more than it.
     pub fn keep_slice(&self, id: SliceId, slice: Slice) {
-        let _one_at_a_time = self.putting.lock().expect("no panic while held");
         // Immutable: one that is here need not be put again.
-        if self.slice(&id).is_none() {
-            let cell = Arc::new(ArcSwapOption::from_pointee(slice));
-            self.put(Key::Slice(id), Item::Slice(id, cell));
+        if !self.store.contains_key(&Key::Slice(id)) {
+            self.store.insert(Key::Slice(id), Item::Slice(slice));
         }
     }
 
     /// Drops a slice (it was found damaged).
     pub fn drop_slice(&self, id: &SliceId) {
-        let _one_at_a_time = self.putting.lock().expect("no panic while held");
-        self.drop_item(Key::Slice(*id));
+        self.store.remove(&Key::Slice(*id));
     }
 
     /// What is kept under a manifest key.
     pub fn record(&self, key: u128) -> Option<Kept> {
         match self.store.get(&Key::Record(key))? {
-            Item::Manifest(stored) => Some(Kept::Manifest(stored)),
-            Item::Varies(by) => Some(Kept::Varies(by)),
-            Item::Slice(..) | Item::Dropped => None,
+            Item::Record(kept) => Some(kept),
+            Item::Slice(_) => None,
         }
     }
 
     /// Keeps what belongs under a manifest key, replacing what was there.
     pub fn keep_record(&self, key: u128, kept: Kept) {
-        let item = match kept {
-            Kept::Manifest(stored) => Item::Manifest(stored),
-            Kept::Varies(by) => Item::Varies(by),
-        };
-        let _one_at_a_time = self.putting.lock().expect("no panic while held");
-        self.put(Key::Record(key), item);
+        self.store.insert(Key::Record(key), Item::Record(kept));
     }
 
     /// Drops what is under a manifest key.
     pub fn drop_record(&self, key: u128) {
-        let _one_at_a_time = self.putting.lock().expect("no panic while held");
-        self.drop_item(Key::Record(key));
+        self.store.remove(&Key::Record(key));
     }
 
     /// Bytes in use.
     pub fn bytes(&self) -> u64 {
-        self.weight.load(Ordering::Relaxed).max(0) as u64 * WEIGHT_BYTES as u64
-    }
-
-    /// In the place of whatever is under the key.
-    fn put(&self, key: Key, item: Item) {
-        if let Some(before) = self.store.get(&key) {
-            self.weight
-                .fetch_sub(i64::from(weight(&before)), Ordering::Relaxed);
-            empty(&before);
-        }
-        let weight = weight(&item);
-        self.weight.fetch_add(i64::from(weight), Ordering::Relaxed);
-        for evicted in self.store.put(key, item, weight) {
-            self.weight
-                .fetch_sub(i64::from(evicted.weight), Ordering::Relaxed);
-            empty(&evicted.data);
-        }
-    }
-
-    fn drop_item(&self, key: Key) {
-        if self.store.get(&key).is_some() {
-            self.put(key, Item::Dropped);
-        }
+        self.store.weight()
     }
 }
 
-/// Frees what an item held, as far as nobody reads it.
-fn empty(item: &Item) {
-    if let Item::Slice(_, cell) = item {
-        cell.store(None);
-    }
-}
+/// What an item counts for, bytes.
+#[derive(Clone)]
+struct Weight;
 
-fn weight(item: &Item) -> u16 {
-    let bytes = match item {
-        Item::Slice(_, cell) => cell.load().as_ref().map_or(0, |slice| slice.len()),
-        Item::Manifest(stored) => {
-            let manifest = &stored.manifest;
-            let fields = manifest.headers.iter();
-            let fields: usize = fields.map(|(name, value)| name.len() + value.len()).sum();
-            // Two more times: as a map and as they are written; small strings are rounded up.
-            3 * (fields + manifest.url.host.len() + manifest.url.target.len())
-        }
-        Item::Varies(varies) => varies.1.iter().map(String::len).sum(),
-        Item::Dropped => 0,
-    };
-    let units = (bytes + ITEM_BYTES).div_ceil(WEIGHT_BYTES);
-    units.min(u16::MAX.into()) as u16
+impl Weighter<Key, Item> for Weight {
+    fn weight(&self, _: &Key, item: &Item) -> u64 {
+        let bytes = match item {
+            Item::Slice(slice) => slice.len(),
+            Item::Record(Kept::Manifest(stored)) => {
+                let manifest = &stored.manifest;
+                let fields = manifest.headers.iter();
+                let fields: usize = fields
+                    .map(|(name, value)| FIELD_BYTES + 2 * (name.len() + value.len()))
+                    .sum();
+                let url = manifest.url.host.len() + manifest.url.target.len();
+                size_of::<Stored>() + fields + url
+            }
+            Item::Record(Kept::Varies(varies)) => varies.1.iter().map(String::len).sum(),
+        };
+        (bytes + ITEM_BYTES) as u64
+    }
 }
 
 /// Which slices were asked for lately: about as many as it has places.
@@ -292,9 +262,9 @@ mod tests {
                 });
             }
         });
-        let held = (0..300).filter_map(|n| l1.store.get(&Key::Slice(id(n))));
-        let held: usize = held.map(|item| usize::from(weight(&item))).sum();
-        assert_eq!(l1.bytes(), (held * WEIGHT_BYTES) as u64);
+        let held = (0..300).filter_map(|n| l1.slice(&id(n)));
+        let held: usize = held.map(|slice| slice.len() + ITEM_BYTES).sum();
+        assert_eq!(l1.bytes(), held as u64);
         assert!(l1.bytes() <= 1 << 20);
     }
 
@@ -319,6 +289,31 @@ mod tests {
         }
         let held = (Arc::strong_count(&alive) - 1) * SLICE;
         assert!(held as u64 > ROOM / 4, "{held} bytes live");
+    }
+
+    #[test]
+    fn what_is_asked_for_again_stays_and_what_is_asked_for_no_more_goes() {
+        const SLICE: usize = 8 * 1024;
+        let l1 = L1::new(128 * SLICE as u64, None, SLICE as u32);
+        let alive = Arc::new(());
+        let ask = |n| {
+            let is_here = l1.slice(&id(n)).is_some();
+            if !is_here {
+                l1.keep_slice(id(n), slice(&alive, SLICE));
+            }
+            is_here
+        };
+        let mut once = 1_000_000..;
+        for loved in [0..64, 1000..1064, 2000..2064] {
+            for round in 0..500 {
+                let missed = loved.clone().filter(|n| !ask(*n)).count();
+                assert!(
+                    missed == 0 || round < 20,
+                    "{missed} of {loved:?} in {round}"
+                );
+                once.by_ref().take(16).for_each(|n| assert!(!ask(n)));
+            }
+        }
     }
 
     #[test]

@@ -152,7 +152,6 @@ pub struct Stored {
     /// The manifest.
     pub manifest: Manifest,
     checked: AtomicU64,
-    fields: OnceLock<HeaderMap>,
     wire: OnceLock<Option<Bytes>>,
 }
 
@@ -162,23 +161,21 @@ impl Stored {
         Stored {
             manifest,
             checked: AtomicU64::new(u64::MAX),
-            fields: OnceLock::new(),
             wire: OnceLock::new(),
         }
     }
 
-    /// The manifest's fields as a map, made once.
-    pub fn fields(&self) -> &HeaderMap {
-        self.fields.get_or_init(|| to_map(&self.manifest.headers))
+    /// The manifest's fields as a map. Made anew: kept, it would take as much
+    /// memory as a small object.
+    pub fn fields(&self) -> HeaderMap {
+        to_map(&self.manifest.headers)
     }
 
     /// The manifest's fields as `write` puts them on the wire, written once: one
     /// run of bytes, where a map has several for each field. `None` where they
     /// cannot be written before it is known what is answered.
     pub fn on_the_wire(&self, write: impl FnOnce(HeaderMap) -> Option<Bytes>) -> Option<&Bytes> {
-        let written = self
-            .wire
-            .get_or_init(|| write(to_map(&self.manifest.headers)));
+        let written = self.wire.get_or_init(|| write(self.fields()));
         written.as_ref()
     }
 

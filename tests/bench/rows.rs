@@ -284,7 +284,7 @@ impl Bench<'_> {
                     .context(side.name.to_owned())?;
             }
         }
-        // TinyUFO and Traffic Server keep for good what is asked for twice.
+        // Memory of ours and Traffic Server keep for good what is asked for twice.
         for side in [us, ats] {
             read(side.address, BIG).await?;
         }
@@ -921,7 +921,7 @@ async fn idle_bytes(side: Side<'_>, count: usize) -> Result<f64> {
     Ok(bytes)
 }
 
-/// Asks once for each of `count` objects, then once more: TinyUFO keeps for
+/// Asks once for each of `count` objects, then once more: memory keeps for
 /// good what is asked for twice.
 async fn fill(address: SocketAddr, count: u64) -> Result<()> {
     const AT_ONCE: u64 = 16;

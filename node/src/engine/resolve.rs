@@ -471,7 +471,7 @@ impl Engine {
             && manifest.variant == manifest::variant_of(&by, &request.origin.headers)
             && manifest.stamp >= floor.hard
             && ((leased && manifest.stamp >= floor.plain)
-                || freshness::has_strong_validator(object.fields()))
+                || freshness::has_strong_validator(&object.fields()))
     }
 
     /// `stale-if-error` (RFC 5861 section 4); never past a purge or without a lease.
@@ -576,7 +576,7 @@ impl Engine {
         stamp: PurgeIndex,
     ) -> Outcome {
         let mut manifest = object.manifest.clone();
-        let mut headers = object.fields().clone();
+        let mut headers = object.fields();
         // A 304 without Date is dated on arrival.
         headers.remove(DATE);
         update(&mut headers, &answer.headers);
