@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! client → front → plan → engine → l1 → flight → l2 → ring ┬ ours → origin
-//!                                                          └ peer/dial ⇒ peer/serve → engine.read_owned
+//!                                                          └ peer/dial ⇒ peer/serve → engine.answer
 //! purge  → admin → handle → raft → state.apply on every node → floors, asked on every hit → acknowledged → 200
 //! ```
 
