@@ -13,8 +13,9 @@
 #   make fuzz          looks for inputs that break a parser, SECONDS=300 for each; TARGET=range for one
 #   make check         the quick part: format, lints, unit tests
 #   make fix           formats and applies what clippy can mend
-#   make image         the container image pingora-slice:local, without any registry
-#   make up / down     three nodes, an origin (compose); MONITORING=1 adds Prometheus and Grafana
+#   make image         the container image pingora-slice:local, a release build, without any registry; DEBUG=1 for a
+#                      debug build, which is made sooner and serves slower
+#   make up / down     that image, three nodes, an origin (compose); MONITORING=1 adds Prometheus and Grafana
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -142,8 +143,16 @@ demo-once: build
 	$(call say,demo)
 	$(BIN)/pingora-slice demo --once
 
+# What `make test` does with containers (tests/compose.sh) has an image of its own, of the debug build.
+ifdef DEBUG
 image: build
 	scripts/image.sh $(BIN)
+else
+image: tools
+	$(call say,release build)
+	$(CARGO) build --locked --release -p pingora-slice -p pingora-slice-client
+	scripts/image.sh $(RELEASE_BIN)
+endif
 
 COMPOSE := scripts/compose.sh
 

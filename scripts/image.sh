@@ -15,7 +15,7 @@ mkdir -p "$root"/var/{cache,lib}/pingora-slice
 
 for binary in pingora-slice pingora-slicectl; do
   cp "$dir/$binary" "$root/usr/local/bin/"
-  # Most of a debug binary is debug information.
+  # Most of a binary is debug information.
   if command -v strip >/dev/null; then strip "$root/usr/local/bin/$binary"; fi
   # Lines are `name => /path (address)` or `/path (address)`.
   { ldd "$dir/$binary" || true; } | grep -o '/[^ ]*' | while read -r library; do
