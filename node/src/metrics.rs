@@ -138,11 +138,11 @@ metrics! {
     // Origin.
     /// Fetches from the origin on behalf of requests, each with all of its tries.
     subrequests_total: IntCounter;
-    /// Fetches that failed after the last try. Worry above 1 percent of subrequests_total.
+    /// Fetches that failed after the last try. Worry above 1 percent of subrequests_total; above 5 percent it is critical.
     failed_subrequests_total: IntCounter;
     /// Tries beyond a fetch's first. Worry when it grows like subrequests_total: the origin is flaky.
     retried_subrequests_total: IntCounter;
-    /// Percent, 0 to 100: failed of all fetches since start. Worry above 5 for five minutes.
+    /// Percent, 0 to 100: failed of all fetches since start. Worry above 1; above 5 it is critical. The alerts look at the last minutes instead.
     subrequest_failure_rate: Gauge;
     /// Seconds from a fetch's start to its last byte, all tries counted.
     subrequest_duration_seconds: Histogram in SERVE_SECONDS;
