@@ -67,7 +67,8 @@ enum Command {
     Purge(PurgeArgs),
     /// All nodes
     Nodes,
-    /// Take a node out of the ring; it goes on answering
+    /// Take a node out of the ring for good; it goes on answering. There is no
+    /// way back but removing it: for a while, restart it with `weight: 0`
     Drain {
         /// Its number
         id: u64,

@@ -1,5 +1,7 @@
-//! What the pages of `docs/` say is shown exists: each test that they name is there.
+//! What the pages of `docs/` say is shown exists: each test that they name is
+//! there, and so is each metric.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -62,7 +64,7 @@ fn names_a_test(word: &str) -> bool {
 
 #[test]
 fn every_test_that_a_page_names_exists() {
-    let pages = ["ENGINE.md", "CACHING.md", "PURGE.md"];
+    let pages = ["ENGINE.md", "CACHING.md", "PURGE.md", "ARCHITECTURE.md"];
     let mut named = 0;
     for page in pages {
         let text = fs::read_to_string(root().join("docs").join(page)).unwrap();
@@ -107,5 +109,48 @@ fn every_row_of_the_engines_tables_has_a_test() {
                 quoted(tests).any(|word| names_a_test(word) || word.starts_with("caching/"));
             assert!(shown, "no test shows: {row}");
         }
+    }
+}
+
+/// The metrics that `metrics.rs` declares, without their prefix.
+fn declared_metrics() -> BTreeSet<String> {
+    let source = fs::read_to_string(root().join("node/src/metrics.rs")).unwrap();
+    let table = source.split("\nmetrics! {\n").nth(1).unwrap();
+    let table = table.split("\n}\n").next().unwrap();
+    let lines = table.lines().map(str::trim);
+    let lines = lines.filter(|line| !line.is_empty() && !line.starts_with("//"));
+    lines
+        .map(|line| line.split(':').next().unwrap().to_owned())
+        .collect()
+}
+
+/// The table of metrics is complete, and tells of none that is gone.
+#[test]
+fn operators_are_told_of_every_metric() {
+    let page = fs::read_to_string(root().join("docs/OPERATIONS.md")).unwrap();
+    let tables = page.split("### Every metric").nth(1).unwrap();
+    let rows = tables.lines().filter_map(|line| line.strip_prefix("| `"));
+    let told: BTreeSet<String> = rows
+        .map(|row| row.split(['`', '{']).next().unwrap().to_owned())
+        .collect();
+    let declared = declared_metrics();
+    assert!(declared.len() > 50, "is this still how they are declared?");
+    assert_eq!(told, declared);
+}
+
+/// No alert waits for a metric that nobody counts.
+#[test]
+fn alerts_ask_for_metrics_that_exist() {
+    let rules = fs::read_to_string(root().join("configs/alerts.yml")).unwrap();
+    let declared = declared_metrics();
+    let asked = rules.split("pingora_slice_").skip(1).map(|rest| {
+        let ends = |c: char| !c.is_ascii_alphanumeric() && c != '_';
+        rest.split(ends).next().unwrap()
+    });
+    for name in asked {
+        assert!(
+            declared.contains(name),
+            "configs/alerts.yml asks for {name}"
+        );
     }
 }
