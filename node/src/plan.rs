@@ -106,12 +106,17 @@ pub fn suffix(headers: &HeaderMap) -> Option<u64> {
 /// Whether all that a GET with these fields may be answered with, of an object
 /// of `length` bytes, lies in `part`.
 pub fn is_within(headers: &HeaderMap, length: u64, part: &Range<u64>) -> bool {
-    match range_value(headers).and_then(parse_range) {
-        Some(specs) if !headers.contains_key(IF_RANGE) => specs
-            .iter()
-            .filter_map(|spec| spec.of(length))
-            .all(|range| part.start <= range.start && range.end <= part.end),
-        _ => *part == (0..length),
+    // As the plan will have it: what is read outside the part counts as a change.
+    let plan = match range_value(headers).and_then(parse_range) {
+        Some(specs) if !headers.contains_key(IF_RANGE) => ranges(&specs, length),
+        _ => Plan::Whole,
+    };
+    let holds = |range: &Range<u64>| part.start <= range.start && range.end <= part.end;
+    match plan {
+        Plan::Whole => *part == (0..length),
+        Plan::Single(range) => holds(&range),
+        Plan::Multi(ranges) => ranges.iter().all(holds),
+        Plan::NotModified | Plan::PreconditionFailed | Plan::NotSatisfiable => true,
     }
 }
 
@@ -374,6 +379,26 @@ mod tests {
         }
         assert_eq!(FromTo(u64::MAX, u64::MAX).of(10), None);
         assert_eq!(FromTo(3, u64::MAX).of(10), Some(3..10));
+    }
+
+    #[test]
+    fn a_part_holds_what_would_be_answered_from_it() {
+        let is_within = |range: &str, part: Range<u64>| {
+            let mut headers = HeaderMap::new();
+            headers.insert(RANGE, range.parse().unwrap());
+            is_within(&headers, 10, &part)
+        };
+        assert!(is_within("bytes=-1", 9..10));
+        assert!(is_within("bytes=8-8,9-9", 8..10));
+        assert!(is_within("bytes=10-", 9..10));
+        assert!(!is_within("bytes=-2", 9..10));
+        assert!(!is_within("bytes=8-8,9-9", 9..10));
+        // Lists that are answered with the whole.
+        let many = format!("bytes={}", vec!["-1"; RANGES_MAX + 1].join(","));
+        for list in ["bytes=-1,-2", "bytes=9-9,9-9", &many] {
+            assert!(!is_within(list, 8..10), "{list}");
+            assert!(is_within(list, 0..10), "{list}");
+        }
     }
 
     #[test]

@@ -278,6 +278,30 @@ async fn one_byte_costs_the_origin_two_slices_at_most() {
     }
 }
 
+/// Promise P3, and no purge: a client that wants more than the part that is
+/// held, in whatever form it says so, does not make the part a changed version.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_list_of_ranges_makes_a_held_part_a_change() {
+    let cluster = TestCluster::start(3).await;
+    let node = cluster.node(1);
+    let purges = node.metric("purge_index").await;
+    let seventeen = format!("bytes={}", vec!["-1"; 17].join(","));
+    for (path, list) in [
+        ("/overlapping", "bytes=-1,-2"),
+        ("/twice", "bytes=-2,-2"),
+        ("/many", &*seventeen),
+    ] {
+        let film = cluster.origin.publish(path, LENGTH);
+        let reply = node.ask(Ask::get(path).range("bytes=-2")).await;
+        assert_eq!(reply.status, 206);
+        let reply = node.ask(Ask::get(path).range(list)).await;
+        assert_eq!(reply.status, 200, "{path}");
+        is_consistent(&reply, &film, path);
+        cluster.read_from_every_node(&film).await;
+    }
+    assert_eq!(node.metric("purge_index").await, purges, "a range is no purge");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_no_client_should_send_are_refused() {
     let cluster = TestCluster::alone().await;
