@@ -572,12 +572,9 @@ pub fn vary(response: &HeaderMap) -> Option<Vec<String>> {
     Some(names)
 }
 
-/// Whether a response's validator names its bytes exactly: a strong entity
-/// tag, or a Last-Modified well before Date.
-pub fn has_strong_validator(response: &HeaderMap) -> bool {
-    if let Some(etag) = response.get(http::header::ETAG) {
-        return etag.as_bytes().starts_with(b"\"");
-    }
+/// Whether a response's Last-Modified names its bytes exactly: it is so long
+/// before Date that no second version can have it (RFC 9110 section 8.8.2.2).
+pub fn has_strong_date(response: &HeaderMap) -> bool {
     match (
         http_date_ms(response, LAST_MODIFIED),
         http_date_ms(response, DATE),

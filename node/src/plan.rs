@@ -291,7 +291,7 @@ fn strongly_equal(a: &str, b: &str) -> bool {
 }
 
 /// RFC 9110 section 8.8.3.2.
-fn weakly_equal(a: &str, b: &str) -> bool {
+pub(crate) fn weakly_equal(a: &str, b: &str) -> bool {
     a.trim_start_matches("W/") == b.trim_start_matches("W/")
 }
 

@@ -2,7 +2,7 @@
 //! docs/ENGINE.md. For each: what the client sees, what is stored, how often
 //! the origin is asked, and what is counted.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use pingora_slice_tests::cluster::Ports;
 use pingora_slice_tests::http::{Reply, Stream};
@@ -317,6 +317,42 @@ async fn gives_only_a_weak_tag_or_a_date() {
         assert!(film.fetches_per_slice().iter().all(|n| *n == 1));
         assert!(film.seen().iter().all(|seen| seen.status == 206));
     }
+}
+
+/// Promise P2: where every version has one date and one length, as a build with
+/// fixed times makes them, a weak tag is all that tells of a change.
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_its_weak_tag_alone() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    film.validators(Validators::Weak)
+        .modified(SystemTime::now() - Duration::from_secs(86_400));
+    node.read_range(&film, 0, 10).await;
+    film.change();
+    let (read, proper) = drain(node.open(Ask::get("/film")).await, &film, 1).await;
+    assert!(!proper && read <= SLICE_BYTES, "{read}, {proper}");
+    node.read(&film).await;
+}
+
+/// Promise P1: two versions may have a date of this second. It validates, but
+/// after a purge it vouches for nothing, however old it has become.
+#[tokio::test(flavor = "multi_thread")]
+async fn has_a_date_that_was_too_new_before_a_purge() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", LENGTH);
+    let now = SystemTime::now();
+    film.validators(Validators::Date).modified(now);
+    node.read(&film).await;
+    let later = httpdate::fmt_http_date(now + Duration::from_secs(3600));
+    film.header("Date", &later);
+    let again = Ask::get("/film").header("Cache-Control", "no-cache");
+    let reply = node.ask(again).await;
+    assert_eq!(reply.header("x-cache"), "REVALIDATED");
+    film.change();
+    node.purge("/film").await;
+    node.read(&film).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

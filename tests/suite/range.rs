@@ -299,7 +299,11 @@ async fn no_list_of_ranges_makes_a_held_part_a_change() {
         is_consistent(&reply, &film, path);
         cluster.read_from_every_node(&film).await;
     }
-    assert_eq!(node.metric("purge_index").await, purges, "a range is no purge");
+    assert_eq!(
+        node.metric("purge_index").await,
+        purges,
+        "a range is no purge"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

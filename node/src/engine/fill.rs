@@ -7,19 +7,19 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use http::header::{DATE, ETAG, HeaderMap, HeaderName, IF_RANGE, LAST_MODIFIED};
+use http::header::{ETAG, HeaderMap, HeaderName, IF_RANGE, LAST_MODIFIED};
 use pingora_slice_cluster::slice::{Touched, slice_range};
 use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Part, SliceAsk, Version};
 use pingora_slice_cluster::{NodeId, ObjectKey, PurgeIndex, SliceId};
 
-use super::resolve::{back_off, write_date};
+use super::resolve::{back_off, strong_date};
 use super::tags::OtherTags;
 use super::{Engine, PATIENCE};
 use crate::budget::Permit;
 use crate::flight::{FillError, Flight, SliceReader, Source};
-use crate::freshness;
 use crate::manifest::{Manifest, Url};
 use crate::origin::{self, OriginAnswer, OriginBody, OriginError, Wanted};
+use crate::plan::weakly_equal;
 use crate::slice::{PAGE_BYTES, Slice, SliceParts};
 use crate::stitch::Fault;
 
@@ -894,15 +894,28 @@ fn has_strong_tag(version: &Version) -> bool {
     tag.is_some_and(|tag| !tag.starts_with("W/"))
 }
 
+/// Whether a version's validators tell its bytes from those of any other, so
+/// that one answer can be put together with the next.
+pub(super) fn is_pinned(version: &Version) -> bool {
+    has_strong_tag(version) || version.last_modified.is_some()
+}
+
 /// Whether an answer's validators are those of `version`: the strong entity
 /// tag where there is one, else Last-Modified (the length is checked apart).
+/// Weak tags that differ are a change, whatever the date says: a build with
+/// fixed times gives every version the same.
 pub(super) fn same_version(version: &Version, answer: &OriginAnswer) -> bool {
     let text = |name: HeaderName| answer.headers.get(name).and_then(|v| v.to_str().ok());
     if has_strong_tag(version) {
-        text(ETAG) == version.etag.as_deref()
-    } else {
-        version.last_modified.is_some() && text(LAST_MODIFIED) == version.last_modified.as_deref()
+        return text(ETAG) == version.etag.as_deref();
     }
+    let tags_differ = match (&version.etag, text(ETAG)) {
+        (Some(ours), Some(theirs)) => !weakly_equal(ours, theirs),
+        _ => false,
+    };
+    version.last_modified.is_some()
+        && text(LAST_MODIFIED) == version.last_modified.as_deref()
+        && !tags_differ
 }
 
 /// Whether nothing but the entity tag tells an answer from the version.
@@ -910,19 +923,8 @@ fn is_tag_all(version: &Version, answer: &OriginAnswer) -> bool {
     version.last_modified.is_none() && !answer.headers.contains_key(LAST_MODIFIED)
 }
 
-/// Whether an answer has the version's Last-Modified, old enough to name the
-/// bytes exactly (RFC 9110 section 8.8.2.2).
+/// Whether an answer has the version's Last-Modified.
 fn same_date(version: &Version, answer: &OriginAnswer) -> bool {
-    let mut dates = HeaderMap::new();
-    for name in [DATE, LAST_MODIFIED] {
-        if let Some(value) = answer.headers.get(&name) {
-            dates.insert(name, value.clone());
-        }
-    }
-    // One without Date is dated on arrival (RFC 9110 section 6.6.1).
-    write_date(&mut dates, answer.received_ms);
-    let date = dates.get(LAST_MODIFIED).and_then(|v| v.to_str().ok());
-    date.is_some()
-        && date == version.last_modified.as_deref()
-        && freshness::has_strong_validator(&dates)
+    let date = strong_date(&answer.headers, answer.received_ms);
+    date.is_some() && date == version.last_modified
 }

@@ -372,7 +372,7 @@ impl Engine {
         freshness: manifest::Freshness,
         flight: &Arc<Resolve>,
     ) -> Option<Arc<Stored>> {
-        let mut version = self.version(&answer.headers, Some(part.total), true);
+        let mut version = self.version(answer, Some(part.total), true);
         version.slice_bytes = part.slice_bytes(self.inner.config.slice_bytes)?;
         let mut manifest: Manifest =
             self.manifest(request, 200, version, 0, freshness, answer, flight.stamp)?;

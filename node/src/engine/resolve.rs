@@ -18,6 +18,7 @@ use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use rand::Rng;
 use tokio::sync::watch;
 
+use super::fill::is_pinned;
 use super::part::{OpenRange, Part};
 use super::tags::NewTags;
 use super::{
@@ -470,8 +471,25 @@ impl Engine {
             && holds_what_is_wanted(manifest, request)
             && manifest.variant == manifest::variant_of(&by, &request.origin.headers)
             && manifest.stamp >= floor.hard
-            && ((leased && manifest.stamp >= floor.plain)
-                || freshness::has_strong_validator(&object.fields()))
+            && ((leased && manifest.stamp >= floor.plain) || self.is_exact(request.key, manifest))
+    }
+
+    /// Whether a 304 vouches for each byte of a version: its validator was strong
+    /// when the bytes came, so that its generation is of that alone. A date does
+    /// not get stronger when a 304 brings a later Date.
+    fn is_exact(&self, key: ObjectKey, manifest: &Manifest) -> bool {
+        self.hash_key().is_some_and(|hash_key| {
+            let key = manifest::variant_key(&hash_key, key, &manifest.variant);
+            let exact = manifest::generation(
+                &hash_key,
+                ObjectKey(key),
+                &manifest.version,
+                true,
+                PurgeIndex(0),
+                0,
+            );
+            manifest.generation == exact
+        })
     }
 
     /// `stale-if-error` (RFC 5861 section 4); never past a purge or without a lease.
@@ -649,12 +667,8 @@ impl Engine {
                 return Act::Done(Outcome::Uncacheable);
             }
         };
-        let version = self.version(&answer.headers, Some(total), false);
-        let pinned = version
-            .etag
-            .as_deref()
-            .is_some_and(|e| !e.starts_with("W/"))
-            || version.last_modified.is_some();
+        let version = self.version(&answer, Some(total), false);
+        let pinned = is_pinned(&version);
         // One slice is tied to no other.
         let tied = match pinned && !covers_all {
             true => probe.is_tied(&version, answer.received_ms),
@@ -721,7 +735,7 @@ impl Engine {
                 return self.relay(answer, flight);
             }
         };
-        let version = self.version(&answer.headers, answer.length, true);
+        let version = self.version(&answer, answer.length, true);
         let Some(manifest) = self.manifest(
             request,
             status,
@@ -767,12 +781,15 @@ impl Engine {
         )
     }
 
-    pub(super) fn version(&self, headers: &HeaderMap, length: Option<u64>, whole: bool) -> Version {
+    pub(super) fn version(
+        &self,
+        answer: &OriginAnswer,
+        length: Option<u64>,
+        whole: bool,
+    ) -> Version {
         let text = |name| {
-            headers
-                .get(name)
-                .and_then(|v: &http::HeaderValue| v.to_str().ok())
-                .map(str::to_owned)
+            let value = answer.headers.get(name).and_then(|v| v.to_str().ok());
+            value.map(str::to_owned)
         };
         Version {
             etag: text(ETAG),
@@ -803,7 +820,11 @@ impl Engine {
         let subject = Subject::new(&hash_key, &request.url.host, &request.url.target, &tags);
         // A hard purge that came after the request left says nothing of these bytes.
         version.hard = self.floor(&subject).hard.min(stamp);
-        let strong = status == 200 && freshness::has_strong_validator(&answer.headers);
+        let has_strong_validator = match &version.etag {
+            Some(tag) => tag.starts_with('"'),
+            None => strong_date(&answer.headers, answer.received_ms).is_some(),
+        };
+        let strong = status == 200 && has_strong_validator;
         let by = freshness::vary(&answer.headers)?;
         let variant = manifest::variant_of(&by, &request.origin.headers);
         let object = ObjectKey(manifest::variant_key(&hash_key, request.key, &variant));
@@ -1017,6 +1038,20 @@ pub(super) fn write_date(headers: &mut HeaderMap, received_ms: u64) {
     if let Ok(value) = httpdate::fmt_http_date(date).parse() {
         headers.insert(DATE, value);
     }
+}
+
+/// Last-Modified, where it is old enough to name the bytes exactly: within the
+/// second that it names there may have been two versions.
+pub(super) fn strong_date(headers: &HeaderMap, received_ms: u64) -> Option<String> {
+    let mut dates = HeaderMap::new();
+    for name in [DATE, LAST_MODIFIED] {
+        if let Some(value) = headers.get(&name) {
+            dates.insert(name, value.clone());
+        }
+    }
+    write_date(&mut dates, received_ms);
+    let date = dates.get(LAST_MODIFIED)?.to_str().ok()?;
+    freshness::has_strong_date(&dates).then(|| date.to_owned())
 }
 
 /// The tags of a response: `Cache-Tag` by commas, `Surrogate-Key` by spaces.

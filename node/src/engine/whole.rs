@@ -16,7 +16,7 @@ use pingora_slice_cluster::wire::{OriginRequest, Part};
 use pingora_slice_cluster::{Generation, ObjectKey, SliceId};
 use tokio::sync::watch;
 
-use super::fill::{Retry, if_range, same_version};
+use super::fill::{Retry, if_range, is_pinned, same_version};
 use super::resolve::back_off;
 use super::{Engine, Fill, Request};
 use crate::flight::{FillError, Flight, Source};
@@ -550,7 +550,7 @@ impl Engine {
 /// Whether a body's slices stay on the list for readers close behind: it
 /// cannot be asked for again.
 fn is_held(fill: &Fill) -> bool {
-    if_range(&fill.version).is_empty()
+    !is_pinned(&fill.version)
 }
 
 /// Ends a body whose cutting panics, and lets those go who wait for it.

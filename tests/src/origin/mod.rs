@@ -221,6 +221,8 @@ struct Object {
     /// Length of each version, the first one first.
     lengths: Vec<u64>,
     published: SystemTime,
+    /// Last-Modified of every version, where it is not each version's own.
+    modified: Option<SystemTime>,
     validators: Validators,
     headers: Vec<(String, String)>,
     vary: Option<String>,
@@ -438,6 +440,12 @@ impl Film {
         self
     }
 
+    /// Gives every version the same Last-Modified.
+    pub fn modified(&self, at: SystemTime) -> &Film {
+        lock(&self.object).modified = Some(at);
+        self
+    }
+
     /// Makes the bytes depend on this request header, and says so in Vary.
     pub fn vary(&self, header: &str) -> &Film {
         lock(&self.object).vary = Some(header.to_owned());
@@ -566,6 +574,7 @@ impl Object {
             lengths: vec![length],
             // A day ago: validators that are dates are only strong once they have aged.
             published: SystemTime::now() - Duration::from_secs(86_400),
+            modified: None,
             validators: Validators::Strong,
             headers: vec![
                 ("Content-Type".into(), "application/octet-stream".into()),

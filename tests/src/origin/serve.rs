@@ -366,7 +366,8 @@ fn etag(object: &Object) -> String {
 
 /// A second later for each version: Last-Modified knows no less.
 fn modified(object: &Object) -> SystemTime {
-    object.published + Duration::from_secs(u64::from(object.version) - 1)
+    let own = object.published + Duration::from_secs(u64::from(object.version) - 1);
+    object.modified.unwrap_or(own)
 }
 
 /// Dates in headers have whole seconds.
