@@ -382,6 +382,7 @@ impl Engine {
         loop {
             let confirm = held
                 .as_ref()
+                .filter(|_| probe.may_confirm)
                 .filter(|object| self.may_be_confirmed(object, request, flight.gone));
             let wanted = probe.wanted(confirm);
             let is_last = attempt >= self.inner.config.max_retries;
@@ -517,6 +518,10 @@ impl Engine {
     ) -> Act {
         match answer.status {
             304 => match confirm {
+                Some(object) if is_of_another(&object.manifest.version, &answer) => {
+                    probe.may_confirm = false;
+                    Act::AskOtherwise
+                }
                 Some(object) => Act::Done(self.confirmed(request, object, answer, flight.stamp)),
                 // Nobody asked for that.
                 None => Act::TryAgain,
@@ -598,6 +603,11 @@ impl Engine {
         // A 304 without Date is dated on arrival.
         headers.remove(DATE);
         update(&mut headers, &answer.headers);
+        // The bytes keep the name that they came under: a tag that is strong now
+        // may not have been so for them.
+        if let Some(Ok(etag)) = manifest.version.etag.as_ref().map(|etag| etag.parse()) {
+            headers.insert(ETAG, etag);
+        }
         let judged = self.store(request, manifest.status, &headers, &answer);
         headers.remove(http::header::AGE);
         write_date(&mut headers, answer.received_ms);
@@ -873,15 +883,17 @@ pub(super) struct Probe {
     pub(super) open: Option<OpenRange>,
     /// Answers that were not what was asked for.
     lies: u32,
+    /// Conditions may be sent: no 304 has named a version that is not held.
+    may_confirm: bool,
     /// The version held before, and the tags that came since.
     before: Option<Arc<Stored>>,
     tags: NewTags,
 }
 
 impl Probe {
-    /// Changes of mind beyond the retries: no open range, 416, then no usable
-    /// range, another tag, then whole.
-    const TURNS: u32 = 4 + NewTags::LOOKS;
+    /// Changes of mind beyond the retries: no conditions, no open range, 416,
+    /// then no usable range, another tag, then whole.
+    const TURNS: u32 = 5 + NewTags::LOOKS;
     /// Wrong answers to a range before the whole is asked for.
     const LIES_MAX: u32 = 2;
 
@@ -897,6 +909,7 @@ impl Probe {
             slice_bytes,
             open: None,
             lies: 0,
+            may_confirm: true,
             before,
             tags: NewTags::default(),
         }
@@ -1011,6 +1024,19 @@ fn is_bare_failure(answer: &OriginAnswer) -> bool {
     ];
     is_passing_failure(answer.status)
         && !MEANT.iter().any(|name| answer.headers.contains_key(*name))
+}
+
+/// Whether a 304 names another version than the one that is held, so that it
+/// confirms nothing (RFC 9111 section 4.3.4): from an origin that looks at the
+/// date alone, or that has begun to give tags. Origins that encode make a tag weak and confirm it
+/// as the strong one.
+fn is_of_another(held: &Version, answer: &OriginAnswer) -> bool {
+    let named = answer.headers.get(ETAG).and_then(|v| v.to_str().ok());
+    match (&held.etag, named) {
+        (Some(held), Some(named)) => !plan::weakly_equal(held, named),
+        (None, Some(named)) => !named.starts_with("W/"),
+        (_, None) => false,
+    }
 }
 
 /// RFC 9111 section 3.2: the 304's fields replace the stored ones, but for
