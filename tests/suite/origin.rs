@@ -111,6 +111,7 @@ async fn faults_do_what_they_say() {
     let heads = [
         (Fault::IgnoreRange, 200, "", 300 * 1024),
         (Fault::NoLength, 200, "", 300 * 1024),
+        (Fault::NoLengthEndAfter(99), 200, "", 99),
         (Fault::ShiftedRange, 206, "bytes 101-199/307200", 99),
         (Fault::NoContentRange, 206, "", 100),
         (Fault::WrongTotal, 206, "bytes 100-199/307201", 100),

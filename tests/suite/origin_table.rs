@@ -599,6 +599,12 @@ async fn breaks_off_a_body_without_a_length() {
     film.always(Fault::NoLength);
     assert_eq!(node.get("/tagged").await.body, film.content().all());
     assert_eq!(asked(&film), 2);
+    // Promise P5: an end before the byte where it broke off is not the end.
+    let film = cluster.origin.publish("/shorter", LENGTH);
+    film.once(Fault::NoLengthCloseAfter(SLICE_BYTES + 10));
+    film.always(Fault::NoLengthEndAfter(SLICE_BYTES));
+    let (read, whole) = drain(node.open(Ask::get("/shorter")).await, &film, 1).await;
+    assert!(!whole && read <= SLICE_BYTES + 10, "{read}, {whole}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -405,7 +405,11 @@ impl Engine {
                         supply.pending = bytes;
                         continue;
                     }
-                    Ok(None) if fill.version.length.is_none_or(|length| length == at) => {
+                    // An end among the bytes to pass over comes too early.
+                    Ok(None)
+                        if supply.skip == 0
+                            && fill.version.length.is_none_or(|length| length == at) =>
+                    {
                         return Ok(None);
                     }
                     Ok(None) => failed("the body ended early"),

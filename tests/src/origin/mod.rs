@@ -105,6 +105,8 @@ pub enum Fault {
     NoLength,
     /// The same, and closes after so many bytes without the last chunk.
     NoLengthCloseAfter(u64),
+    /// The same, and ends after so many bytes as if they were all.
+    NoLengthEndAfter(u64),
     /// An encoded answer (`Content-Encoding: gzip`), though nobody asked for one.
     Gzip,
     /// This status with a short text.

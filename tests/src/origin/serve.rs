@@ -475,7 +475,12 @@ fn model(request: &Request, object: &Object, range: Wanted, fault: Option<&Fault
     let (status, range) = match range {
         _ if matches!(
             fault,
-            Some(Fault::IgnoreRange | Fault::NoLength | Fault::NoLengthCloseAfter(_))
+            Some(
+                Fault::IgnoreRange
+                    | Fault::NoLength
+                    | Fault::NoLengthCloseAfter(_)
+                    | Fault::NoLengthEndAfter(_)
+            )
         ) =>
         {
             (200, 0..length)
@@ -544,6 +549,10 @@ fn disturb(answer: &mut Answer, fault: Fault, length: u64) {
         Fault::NoLengthCloseAfter(bytes) => {
             answer.chunked = true;
             (answer.cut, answer.after) = (Some(bytes), After::Close);
+        }
+        Fault::NoLengthEndAfter(bytes) => {
+            answer.chunked = true;
+            range.end = range.end.min(range.start + bytes);
         }
         Fault::WrongUnit if part => {
             let right = content_range(&range, length);
