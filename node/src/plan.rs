@@ -11,8 +11,8 @@ use http::header::{
     IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
 };
 
-use crate::freshness::http_date;
-use crate::manifest::Manifest;
+use crate::freshness::{has_strong_date, http_date};
+use crate::manifest::{Manifest, to_map};
 
 /// Ranges answered in one multipart response at most; a longer list is
 /// answered with the whole object (RFC 9110 section 14.2 allows to ignore it).
@@ -295,7 +295,8 @@ pub(crate) fn weakly_equal(a: &str, b: &str) -> bool {
     a.trim_start_matches("W/") == b.trim_start_matches("W/")
 }
 
-/// RFC 9110 section 13.1.5: a strong entity tag or the exact date.
+/// RFC 9110 section 13.1.5: a strong entity tag, or the exact date where that
+/// names the bytes.
 fn if_range_holds(request: &HeaderMap, manifest: &Manifest) -> bool {
     let Some(value) = request.get(IF_RANGE) else {
         return true;
@@ -309,9 +310,8 @@ fn if_range_holds(request: &HeaderMap, manifest: &Manifest) -> bool {
             .header("etag")
             .is_some_and(|etag| strongly_equal(value, etag));
     }
-    manifest.header("last-modified").is_some_and(|stored| {
-        http_date(stored).is_some_and(|stored| http_date(value) == Some(stored))
-    })
+    let stored = manifest.header("last-modified").and_then(http_date);
+    stored.is_some() && stored == http_date(value) && has_strong_date(&to_map(&manifest.headers))
 }
 
 #[cfg(test)]

@@ -2,13 +2,13 @@
 //! is obviously right, with slices of seven bytes so that borders are everywhere.
 
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::future::join_all;
 use pingora_slice_tests::http::Reply;
 use pingora_slice_tests::quick::Quick;
-use pingora_slice_tests::{Ask, Film, Options, SLICE_BYTES, TestCluster};
+use pingora_slice_tests::{Ask, Film, Options, SLICE_BYTES, TestCluster, Validators};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -299,6 +299,27 @@ async fn lists_that_cost_more_than_they_are_worth() {
 }
 
 /// RFC 9110 section 13.2.2, every combination of every condition with a range.
+/// RFC 9110 section 13.1.5: a date that a second version may have had says
+/// nothing of the bytes, though it is the one.
+#[tokio::test(flavor = "multi_thread")]
+async fn if_range_with_a_date_that_is_too_new() {
+    let cluster = TestCluster::alone().await;
+    let day = Duration::from_secs(86_400);
+    for validators in [Validators::Strong, Validators::Date] {
+        for (age, status) in [(day, 206), (Duration::ZERO, 200)] {
+            let path = format!("/{validators:?}-{status}");
+            let film = cluster.origin.publish(&path, 1000);
+            film.validators(validators)
+                .modified(SystemTime::now() - age);
+            let first = cluster.node(1).get(&path).await;
+            let ask = Ask::get(&path).range("bytes=0-9");
+            let ask = ask.header("If-Range", first.header("last-modified"));
+            let reply = cluster.node(1).ask(ask).await;
+            assert_eq!(reply.status, status, "{path}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn conditions_in_their_order() {
     let cluster = tiny_slices().await;
