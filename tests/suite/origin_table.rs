@@ -607,6 +607,27 @@ async fn breaks_off_a_body_without_a_length() {
     assert!(!whole && read <= SLICE_BYTES + 10, "{read}, {whole}");
 }
 
+/// A body whose connection breaks again and again, and which gets on each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn breaks_off_a_whole_body_at_every_slice() {
+    let cluster = Options::alone()
+        .set("slice_patterns", "[^/sliced]")
+        .set("max_retries", 1)
+        .start()
+        .await;
+    let film = cluster.origin.publish("/film", LENGTH);
+    film.always(Fault::CloseAfter(SLICE_BYTES));
+    cluster.node(1).read(&film).await;
+    assert_eq!(asked(&film) as u64, SLICES);
+    // Without getting on, no more often than it is told to.
+    let film = cluster.origin.publish("/stuck", LENGTH);
+    film.always_from(SLICE_BYTES, Fault::CloseAfter(0));
+    film.once(Fault::CloseAfter(SLICE_BYTES));
+    let stream = cluster.node(1).open(Ask::get("/stuck")).await;
+    assert_eq!(drain(stream, &film, 1).await, (SLICE_BYTES, false));
+    assert_eq!(asked(&film), 2);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn never_ends() {
     let cluster = Options::alone().set("max_object_size", "4m").start().await;

@@ -79,6 +79,7 @@ struct Supply {
     /// Bytes to pass over: the origin began before the byte that was wanted.
     skip: u64,
     pending: Bytes,
+    /// Tries after the first, for the slice that is being filled.
     attempt: u32,
 }
 
@@ -303,6 +304,9 @@ impl Engine {
         let mut is_unread = false;
         let mut at = 0u64;
         for index in 0.. {
+            // As many for each slice as one that is asked for by range has: a body
+            // of hours may break off more often than that, and still get on.
+            supply.attempt = 0;
             if index > 0 {
                 let is_tight = self.inner.budget.is_tight();
                 let ahead = match is_tight {
