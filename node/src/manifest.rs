@@ -213,20 +213,17 @@ pub fn decode(bytes: &[u8]) -> Option<Record> {
 ///
 /// A strong validator names it alone, so that a confirmed or re-fetched object
 /// keeps its slices. Anything weaker is good for one fill only: the stamp and
-/// the time of arrival set it apart from every other.
+/// `chance` set it apart from every other. The time would not: two nodes, or one
+/// without a lease, may begin two fills within a millisecond.
 pub fn generation(
     key: &HashKey,
     object: ObjectKey,
     version: &Version,
     strong: bool,
     stamp: PurgeIndex,
-    received_ms: u64,
+    chance: u64,
 ) -> Generation {
-    let fill = if strong {
-        [0; 2]
-    } else {
-        [stamp.0, received_ms]
-    };
+    let fill = if strong { [0; 2] } else { [stamp.0, chance] };
     let etag = version.etag.as_deref().filter(|tag| !tag.starts_with("W/"));
     Generation(
         key.hash128(
@@ -313,4 +310,27 @@ pub fn to_map(headers: &Headers) -> HeaderMap {
         }
     }
     map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_strong_validator_makes_two_fills_one_generation() {
+        let version = Version {
+            etag: None,
+            last_modified: None,
+            length: Some(5),
+            slice_bytes: 1024,
+            whole: true,
+            hard: PurgeIndex::default(),
+        };
+        let key = HashKey([7; 16]);
+        let generation = |strong, chance| {
+            generation(&key, ObjectKey(1), &version, strong, PurgeIndex(3), chance)
+        };
+        assert_ne!(generation(false, 1), generation(false, 2));
+        assert_eq!(generation(true, 1), generation(true, 2));
+    }
 }

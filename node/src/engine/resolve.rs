@@ -850,7 +850,7 @@ impl Engine {
                 &version,
                 strong,
                 stamp,
-                answer.received_ms,
+                rand::random(),
             ),
             headers: manifest::to_headers(&headers),
             version,
