@@ -628,6 +628,51 @@ async fn breaks_off_a_whole_body_at_every_slice() {
     assert_eq!(asked(&film), 2);
 }
 
+/// What is encoded has no ranges for us: it is asked for again, and passed over
+/// as far as it is here.
+#[tokio::test(flavor = "multi_thread")]
+async fn breaks_off_an_encoded_body() {
+    let cluster = Options::alone()
+        .set("slice_patterns", "[^/sliced]")
+        .set("max_retries", 1)
+        .start()
+        .await;
+    let node = cluster.node(1);
+    let ask = |film: &Film| Ask::get(film.path()).header("Accept-Encoding", "gzip");
+    for (path, fault, then) in [
+        ("/length", Fault::CloseAfter(SLICE_BYTES + 10), None),
+        (
+            "/no-length",
+            Fault::NoLengthCloseAfter(SLICE_BYTES + 10),
+            Some(Fault::NoLength),
+        ),
+    ] {
+        let film = cluster.origin.publish(path, LENGTH);
+        film.header("Content-Encoding", "gzip").once(fault);
+        if let Some(then) = then {
+            film.always(then);
+        }
+        let (read, whole) = drain(node.open(ask(&film)).await, &film, 1).await;
+        assert_eq!((read, whole), (LENGTH, true), "{path}: {:#?}", film.seen());
+        let seen = film.seen();
+        let encodings: Vec<_> = seen.iter().map(|s| s.header("accept-encoding")).collect();
+        assert_eq!(encodings, ["gzip", "gzip"], "{path}");
+    }
+    // Promise P2: one date for the encoded bytes and the others.
+    let film = cluster.origin.publish("/both", LENGTH);
+    film.header("Content-Encoding", "gzip")
+        .validators(Validators::Date)
+        .once(Fault::NoLengthCloseAfter(SLICE_BYTES + 10))
+        .always(Fault::NoLength);
+    let mut gate = film.hold_at(SLICE_BYTES);
+    let stream = node.open(ask(&film)).await;
+    gate.holds(1).await;
+    film.without("Content-Encoding");
+    gate.open();
+    let (read, whole) = drain(stream, &film, 1).await;
+    assert!(!whole && read <= SLICE_BYTES + 10, "{read}, {whole}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn never_ends() {
     let cluster = Options::alone().set("max_object_size", "4m").start().await;

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
+use http::header::CONTENT_ENCODING;
 use pingora_slice_cluster::slice::{slice_range, touched};
 use pingora_slice_cluster::wire::{OriginRequest, Part};
 use pingora_slice_cluster::{Generation, ObjectKey, SliceId};
@@ -334,7 +335,10 @@ impl Engine {
             }
             let slice = slice_range(index, known.unwrap_or(u64::MAX), slice_bytes);
             while at < slice.end {
-                let Some(bytes) = self.supply(fill, &mut supply, at, slice.end - at).await? else {
+                let Some(bytes) = self
+                    .supply(fill, manifest, &mut supply, at, slice.end - at)
+                    .await?
+                else {
                     if let (Stored::Kept, None, Some(manifest)) = (stored, known, manifest)
                         && self.is_current(fill).await
                     {
@@ -381,6 +385,7 @@ impl Engine {
     async fn supply(
         &self,
         fill: &Fill,
+        manifest: Option<&Manifest>,
         supply: &mut Supply,
         at: u64,
         room: u64,
@@ -392,7 +397,7 @@ impl Engine {
                 return Ok(Some(bytes));
             }
             let error = match &mut supply.body {
-                None => match self.ask_whole(fill, at).await {
+                None => match self.ask_whole(fill, manifest, at).await {
                     Ok((body, skip)) => {
                         (supply.body, supply.skip) = (Some(body), skip);
                         continue;
@@ -434,8 +439,26 @@ impl Engine {
     }
 
     /// The body of the same version, from byte `at` on; how many bytes to pass over.
-    async fn ask_whole(&self, fill: &Fill, at: u64) -> Result<(OriginBody, u64), Retry> {
-        let range = fill.version.length.filter(|_| at > 0).map(|end| at..end);
+    async fn ask_whole(
+        &self,
+        fill: &Fill,
+        manifest: Option<&Manifest>,
+        at: u64,
+    ) -> Result<(OriginBody, u64), Retry> {
+        let stored = match manifest {
+            Some(_) => None,
+            None => self.manifest_of(fill).await,
+        };
+        let manifest = manifest.or(stored.as_ref());
+        let encoding = manifest.and_then(|manifest| manifest.header(CONTENT_ENCODING.as_str()));
+        // A range is asked for as it is, without an encoding: it would be one of
+        // other bytes.
+        let may_resume = at > 0 && encoding.is_none();
+        let range = fill
+            .version
+            .length
+            .filter(|_| may_resume)
+            .map(|end| at..end);
         let wanted = Wanted {
             head: false,
             fields: range
@@ -450,9 +473,12 @@ impl Engine {
             self.judge_slice_answer(fill, range, &answer, false)?;
             return Ok((answer.body, 0));
         }
-        let status = self.manifest_of(fill).await.map_or(200, |m| m.status);
+        let status = manifest.map_or(200, |manifest| manifest.status);
+        let answered = answer.headers.get(CONTENT_ENCODING);
         let same = answer.status == status
             && same_version(&fill.version, &answer)
+            // A date is the same for every encoding.
+            && (manifest.is_none() || answered.and_then(|v| v.to_str().ok()) == encoding)
             // What was sent without a length may have one by now: its body's end.
             && (answer.length.is_none() || answer.length == fill.version.length);
         if same {
