@@ -197,11 +197,7 @@ impl Engine {
         state.next = index.saturating_add(1);
         let waiting = state.waiting.iter().position(|f| f.id.index == index);
         let flight = match waiting {
-            Some(at) => {
-                let flight = state.waiting.swap_remove(at);
-                flight.claim();
-                Some(flight)
-            }
+            Some(at) => Some(state.waiting.swap_remove(at)),
             None if index > 0 && self.inner.l1.slice(&id).is_some() => None,
             None => {
                 // Nobody waits for a slice that the body only passes: it is not
@@ -679,16 +675,22 @@ impl Wholes {
 }
 
 impl Whole {
-    /// Whether the body will fill this flight, or somebody else does.
+    /// Whether the body will fill this flight, or somebody else does. Nobody else
+    /// may fill what waits for a body: two would land in it.
     pub(super) fn want(&self, flight: &Arc<Flight>) -> bool {
-        flight.is_claimed() || self.hand_over(flight)
+        self.wait_for(flight, Flight::claim) || flight.is_claimed()
     }
 
-    /// Whether the body will fill this flight, which nobody else may then.
+    /// Whether the body will fill this flight, which the caller has claimed.
     fn hand_over(&self, flight: &Arc<Flight>) -> bool {
+        self.wait_for(flight, |_| true)
+    }
+
+    /// Whether the body will fill this flight, if it comes to it and the caller may.
+    fn wait_for(&self, flight: &Arc<Flight>, may: impl FnOnce(&Flight) -> bool) -> bool {
         {
             let mut state = self.lock();
-            if state.ended || flight.id.index < state.next {
+            if state.ended || flight.id.index < state.next || !may(flight) {
                 return false;
             }
             state.waiting.push(flight.clone());
@@ -822,6 +824,22 @@ mod tests {
             whole.note(index);
         }
         assert_eq!(cutting.await.unwrap().0, 30 + AHEAD + 1);
+    }
+
+    /// Two that land in one flight would put their bytes one behind the other.
+    #[test]
+    fn what_waits_for_a_body_is_filled_by_nobody_else() {
+        let flight = |index| {
+            let generation = Generation(1);
+            Flight::new(SliceId { generation, index }, 0..1)
+        };
+        let whole = Whole::default();
+        whole.lock().next = 3;
+        let (ahead, passed) = (flight(3), flight(2));
+        assert!(whole.want(&ahead) && !ahead.claim());
+        assert!(!whole.want(&passed) && passed.claim());
+        assert!(whole.want(&passed), "somebody fills it");
+        assert_eq!(whole.lock().waiting.len(), 1);
     }
 
     #[tokio::test(start_paused = true)]
