@@ -213,7 +213,13 @@ impl Flight {
         self.landed().source = Some(source);
     }
 
-    /// Where the bytes came from, once known.
+    /// Whether it has nothing yet, and asks a peer for what that may have stored.
+    pub fn is_asking_a_peer(&self) -> bool {
+        let landed = self.landed();
+        landed.bytes == 0 && landed.source == Some(Source::Peer)
+    }
+
+    /// Where the bytes came from, once known; where they are asked for.
     pub fn source(&self) -> Option<Source> {
         self.landed().source
     }
@@ -658,6 +664,16 @@ mod tests {
         let (first, second) = follower.await.unwrap();
         assert_eq!(&first[..], b"abc");
         assert_eq!(second, Err(FillError::Changed));
+    }
+
+    #[test]
+    fn what_a_peer_is_asked_for_may_never_come() {
+        let flight = Flight::new(id(), 0..10);
+        assert!(!flight.is_asking_a_peer(), "nobody has looked for it yet");
+        flight.note_source(Source::Peer);
+        assert!(flight.is_asking_a_peer());
+        flight.land(Part::new(Bytes::from_static(b"abc")));
+        assert!(!flight.is_asking_a_peer(), "it comes");
     }
 
     #[tokio::test]

@@ -1035,6 +1035,18 @@ impl ProxyHttp for Front {
             .map_err(|e| Error::because(ErrorType::ConnectNoRoute, "origin", e).into_up())
     }
 
+    /// Nothing was sent: the next upstream may be asked, whatever the method.
+    fn fail_to_connect(
+        &self,
+        _session: &mut Session,
+        peer: &HttpPeer,
+        _ctx: &mut Context,
+        mut error: Box<Error>,
+    ) -> Box<Error> {
+        error.set_retry(self.engine.origin().cannot_connect(peer));
+        error
+    }
+
     async fn upstream_request_filter(
         &self,
         session: &mut Session,

@@ -315,7 +315,8 @@ fn server_conf(config: &Config) -> ServerConf {
         grace_period_seconds: Some(config.drain_timeout.as_secs() + 60),
         graceful_shutdown_timeout_seconds: Some(0),
         upstream_keepalive_pool_size: 512,
-        max_retries: config.max_retries as usize + 1,
+        // Pingora counts tries; each upstream that cannot be connected to is one.
+        max_retries: config.max_retries as usize + config.upstreams.len(),
         ..ServerConf::default()
     }
 }

@@ -18,7 +18,7 @@ use http::{HeaderName, HeaderValue};
 use pingora_core::ErrorType;
 use pingora_core::connectors::http::Connector;
 use pingora_core::protocols::http::client::HttpSession;
-use pingora_core::upstreams::peer::HttpPeer;
+use pingora_core::upstreams::peer::{HttpPeer, Peer};
 use pingora_http::RequestHeader;
 use pingora_slice_cluster::wire::{Informational, OriginRequest};
 
@@ -241,6 +241,20 @@ impl Origin {
         Err(last)
     }
 
+    /// Notes that an upstream which [`Origin::peer`] gave could not be connected
+    /// to; whether there is another to try.
+    pub fn cannot_connect(&self, peer: &HttpPeer) -> bool {
+        for backend in &self.inner.upstreams {
+            if backend.is_at(peer) {
+                backend.mark_down(&self.inner);
+            }
+        }
+        let upstreams = &self.inner.upstreams;
+        upstreams
+            .iter()
+            .any(|backend| !backend.is_down(&self.inner))
+    }
+
     /// The Host that the origin sees for a client's `host`.
     pub fn host<'a>(&'a self, host: &'a str) -> &'a str {
         self.inner.upstream_host.as_deref().unwrap_or(host)
@@ -250,11 +264,10 @@ impl Origin {
     fn order(&self) -> impl Iterator<Item = &Backend> {
         let backends = &self.inner.upstreams;
         let first = self.inner.next.fetch_add(1, Ordering::Relaxed);
-        let now_ms = self.inner.started.elapsed().as_millis() as u64;
         let turn = (0..backends.len()).map(move |i| &backends[(first + i) % backends.len()]);
-        let is_down = move |b: &&Backend| b.down_until_ms.load(Ordering::Relaxed) > now_ms;
+        let is_down = |backend: &&Backend| backend.is_down(&self.inner);
         turn.clone()
-            .filter(move |b| !is_down(b))
+            .filter(move |backend| !is_down(backend))
             .chain(turn.filter(is_down))
     }
 
@@ -399,6 +412,17 @@ impl Backend {
         };
         *self.address.lock().expect("no panic while held") = Some((address, Instant::now()));
         Ok(address)
+    }
+
+    /// Whether `peer` is at the address that is known of it.
+    fn is_at(&self, peer: &HttpPeer) -> bool {
+        let known = *self.address.lock().expect("no panic while held");
+        known.is_some_and(|(address, _)| peer.address().as_inet() == Some(&address))
+    }
+
+    fn is_down(&self, inner: &Inner) -> bool {
+        let now_ms = inner.started.elapsed().as_millis() as u64;
+        self.down_until_ms.load(Ordering::Relaxed) > now_ms
     }
 
     fn mark_down(&self, inner: &Inner) {

@@ -814,7 +814,12 @@ async fn cannot_be_connected_to() {
     );
     node.spawn();
     node.until_ready().await;
-    // Whoever's turn it is.
+    // What is only passed on, too: whoever's turn it is.
+    cluster.origin.publish("/form", 10);
+    for _ in 0..2 {
+        let posted = cluster.node(1).ask(Ask::new("POST", "/form")).await;
+        assert_eq!(posted.status, 200);
+    }
     for nth in 0..4 {
         let film = cluster.origin.publish(&format!("/film-{nth}"), LENGTH);
         cluster.node(1).read(&film).await;
@@ -822,6 +827,8 @@ async fn cannot_be_connected_to() {
     let film = cluster.origin.publish("/late", LENGTH);
     cluster.origin.stop().await;
     assert_eq!(cluster.node(1).get("/late").await.status, 502);
+    let posted = cluster.node(1).ask(Ask::new("POST", "/form")).await;
+    assert_eq!(posted.status, 502);
     // The last one tried is tried all the same.
     cluster.origin.resume().await;
     cluster.node(1).read(&film).await;

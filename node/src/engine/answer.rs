@@ -209,7 +209,9 @@ impl Engine {
                 return stored(read.slice_bytes as usize, parts, permit);
             }
         }
-        if under_way.is_none() && ask.stored_only {
+        // Two nodes that disagree about the ring would wait for each other here.
+        let may_come = (under_way.as_ref()).is_some_and(|flight| !flight.is_asking_a_peer());
+        if ask.stored_only && !may_come {
             return (Answer::Missing, None);
         }
         let source = if under_way.is_some() {

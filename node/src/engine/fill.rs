@@ -456,6 +456,7 @@ impl Engine {
             }
         }
         if let Some(before) = self.owner_before(fill.key, fill.place) {
+            flight.note_source(Source::Peer);
             match self.from_peer(before, &fill, &flight, true).await {
                 Ok(result) => {
                     self.end_origin_fill(&fill, &flight, result).await;
