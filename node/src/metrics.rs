@@ -136,11 +136,11 @@ metrics! {
     l2_writable: Gauge;
 
     // Origin.
-    /// Fetches of slices and bodies from the origin on behalf of requests, each with all of its tries. What asks for an object's head, and gets none, is not counted.
+    /// Fetches of slices and bodies from the origin on behalf of requests, each with all of its tries.
     subrequests_total: IntCounter;
-    /// Fetches that failed after the last try. Worry above 1 percent of subrequests_total; above 5 percent it is critical. An origin that is down altogether shows in retried_subrequests_total.
+    /// Fetches that failed after the last try. Worry above 1 percent of subrequests_total; above 5 percent it is critical.
     failed_subrequests_total: IntCounter;
-    /// Tries beyond the first, for a fetch or an object's head. Worry when it grows half as fast as origin_fetches_total: most tries fail.
+    /// Tries beyond the first. Worry when it grows half as fast as origin_fetches_total: most tries fail.
     retried_subrequests_total: IntCounter;
     /// Percent, 0 to 100: failed of all fetches since start. Worry above 1; above 5 it is critical. The alerts look at the last minutes instead.
     subrequest_failure_rate: Gauge;

@@ -826,7 +826,10 @@ async fn cannot_be_connected_to() {
     }
     let film = cluster.origin.publish("/late", LENGTH);
     cluster.origin.stop().await;
+    let failed = async || cluster.node(1).metric("failed_subrequests_total").await;
+    let before = failed().await;
     assert_eq!(cluster.node(1).get("/late").await.status, 502);
+    assert_eq!(failed().await, before + 1.0);
     let posted = cluster.node(1).ask(Ask::new("POST", "/form")).await;
     assert_eq!(posted.status, 502);
     // The last one tried is tried all the same.

@@ -410,6 +410,7 @@ impl Engine {
                 Err(error) => {
                     tracing::debug!(url = %request.url, %error, "origin request failed");
                     if let Some(stale) = self.stale_on_error(held.as_ref()) {
+                        self.count_no_head();
                         return Outcome::Object(stale, Resolution::Stale);
                     }
                     let reached = !matches!(error, OriginError::Unreachable(_));
@@ -424,9 +425,16 @@ impl Engine {
         }
     }
 
+    /// Counts a fetch that brought not even a head: others are when they begin to fill.
+    fn count_no_head(&self) {
+        self.inner.metrics.subrequests_total.inc();
+        self.inner.metrics.failed_subrequests_total.inc();
+    }
+
     /// Rule 5's last line, or the gateway errors: 504 where something is held
     /// that must not be used unasked (RFC 9111 section 5.2.2.2).
     pub(super) fn failed(&self, error: &OriginError, held: Option<&Arc<Stored>>) -> Outcome {
+        self.count_no_head();
         if self.inner.cluster.may_serve() {
             let must_ask = held.is_some_and(|object| {
                 let freshness = &object.manifest.freshness;
