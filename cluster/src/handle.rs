@@ -434,6 +434,15 @@ impl Cluster {
         }
     }
 
+    /// Whether a peer answers the cheapest of questions in time, whatever else it
+    /// is being asked.
+    pub async fn is_alive(&self, peer: NodeId, within: Duration) -> bool {
+        match &self.inner.life {
+            Life::Alone(_) => false,
+            Life::Member(node) => node.shared().peers().is_alive(peer, within).await,
+        }
+    }
+
     /// The metrics text of every other member, `None` where it did not answer.
     pub async fn metrics_of_peers(&self) -> Vec<(NodeId, Option<bytes::Bytes>)> {
         match &self.inner.life {

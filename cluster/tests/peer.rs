@@ -391,6 +391,44 @@ async fn slowness_is_not_death() {
     );
 }
 
+/// A peer all of whose seats are taken by requests that wait answers one ping,
+/// however many want to know; who wants a seat is told to go elsewhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_with_no_seat_left_is_alive() {
+    const SEATS: usize = 64;
+    let authority = Authority::new();
+    let (asker, owner, handler) = pair(&authority);
+    let slow = ask(behaviour::NEVER_ANSWERS, 1);
+    let forever = Duration::from_secs(3600);
+    let peers = &asker.peers;
+    let waiting = (0..SEATS).map(|_| peers.ask(NodeId(2), &slow, forever));
+    let mut waiting = std::pin::pin!(futures::future::join_all(waiting));
+    let asked = || handler.asked.load(Ordering::SeqCst);
+    let checks = async {
+        while asked() < SEATS {
+            tokio::task::yield_now().await;
+        }
+        let pings = (0..1000).map(|_| peers.is_alive(NodeId(2), SOON));
+        let alive = futures::future::join_all(pings).await;
+        assert!(alive.into_iter().all(|alive| alive));
+        assert_eq!(asked(), SEATS + 1);
+
+        let late = peers.ask(NodeId(2), &slow, forever).await;
+        assert!(matches!(late, Err(PeerError::TimedOut { .. })));
+        assert_eq!(asked(), SEATS + 1);
+
+        // No is an answer.
+        handler.members.lock().unwrap().clear();
+        assert!(peers.is_alive(NodeId(2), SOON).await);
+    };
+    tokio::select! {
+        () = checks => {}
+        ended = &mut waiting => panic!("they wait: {}", ended.len()),
+    }
+    owner.peers.stop().await;
+    assert!(!peers.is_alive(NodeId(2), SOON).await);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn control_carries_requests_and_refusals() {
     let authority = Authority::new();

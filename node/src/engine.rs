@@ -457,17 +457,9 @@ impl Engine {
         if self.is_uncacheable(request.key) {
             return Resolved::Pass("predicted-uncacheable");
         }
-        if leased {
-            for owner in self.owners(request.key, 0) {
-                if owner == self.me() {
-                    break;
-                }
-                let asked = self.resolve_at(owner, request, held.as_ref(), gone, false);
-                match asked.await {
-                    Some(resolved) => return resolved,
-                    None => continue,
-                }
-            }
+        if leased && let Some(resolved) = self.resolve_at_owners(request, held.as_ref(), gone).await
+        {
+            return resolved;
         }
         self.resolve_at_origin(request, held, gone, leased).await
     }
@@ -835,6 +827,25 @@ impl Engine {
         matches!(answer, Resolved::Object(_)).then_some(answer)
     }
 
+    /// What the first of the manifest's owners that is of use answers.
+    async fn ask_owners(
+        &self,
+        request: &Request,
+        held: Option<&Held>,
+        gone: Option<Generation>,
+    ) -> Option<Resolved> {
+        for owner in self.owners(request.key, 0) {
+            if owner == self.me() {
+                break;
+            }
+            let answer = self.resolve_at(owner, request, held, gone, false).await;
+            if answer.is_some() {
+                return answer;
+            }
+        }
+        None
+    }
+
     /// Asks the manifest's owner. `None`: it is of no use, go on.
     async fn resolve_at(
         &self,
@@ -964,17 +975,8 @@ impl Engine {
         result
     }
 
-    /// Whether a peer answers the cheapest of questions in time.
     async fn is_alive(&self, peer: NodeId) -> bool {
-        let nothing = OriginRequest {
-            host: String::new(),
-            target: String::new(),
-            headers: Vec::new(),
-        };
-        let ask = Ask::Resolve(what_is_stored(ObjectKey(0), nothing));
-        tokio::time::timeout(PING, self.inner.cluster.ask(peer, &ask, PING))
-            .await
-            .is_ok_and(|r| r.is_ok())
+        self.inner.cluster.is_alive(peer, PING).await
     }
 
     fn revalidate_in_background(&self, request: &Request) {
@@ -987,19 +989,10 @@ impl Engine {
         self.inner.runtime.spawn(async move {
             // One conditional request for the cluster: the owner's flight collects the rest.
             let held = engine.held(&request, None).await;
-            for owner in engine.owners(request.key, 0) {
-                if owner == engine.me() {
-                    break;
-                }
-                if engine
-                    .resolve_at(owner, &request, held.as_ref(), None, false)
-                    .await
-                    .is_some()
-                {
-                    return;
-                }
+            let asked = engine.ask_owners(&request, held.as_ref(), None);
+            if asked.await.is_none() {
+                let _ = engine.resolve_at_origin(&request, held, None, true).await;
             }
-            let _ = engine.resolve_at_origin(&request, held, None, true).await;
         });
     }
 

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
 use crate::disk::SmallDisk;
-use crate::http::{Ask, Reply, Stream};
+use crate::http::{Ask, HOST, Reply, Stream};
 use crate::metrics::Metrics;
 use crate::origin::{Film, Origin};
 use crate::relay::{Ends, Links, Relay};
@@ -279,6 +279,26 @@ impl TestCluster {
     /// Where certificates and the nodes' directories are.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Publishes so many films whose manifest and first slice one node owns: of
+    /// `/film0`, `/film1` and so on the first ones.
+    pub async fn films_owned_by(&self, owner: u64, count: usize, bytes: u64) -> Vec<Film> {
+        let mut films = Vec::new();
+        for n in 0.. {
+            let path = format!("/film{n}");
+            let explain = format!("/v1/explain?url={HOST}{path}");
+            let (_, explained) = self.node(owner).admin("GET", &explain, None).await;
+            let first = explained["owners"][0].as_u64();
+            assert!(first.is_some(), "{explained}");
+            if first == Some(owner) {
+                films.push(self.origin.publish(&path, bytes));
+            }
+            if films.len() == count {
+                break;
+            }
+        }
+        films
     }
 
     /// Reads the whole object from each running node in turn and compares every byte.

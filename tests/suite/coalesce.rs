@@ -1,7 +1,13 @@
 //! Promise P3: the origin sees each missing slice once.
 
+use std::time::Duration;
+
 use futures::future::join_all;
-use pingora_slice_tests::{Ask, MIB, Options, TestCluster};
+use pingora_slice_tests::{Ask, Fault, MIB, Options, TestCluster};
+
+/// Longer than a peer may be silent before it is asked whether it lives, and
+/// shorter than anybody waits for a seat at it.
+const SLOW: Duration = Duration::from_secs(3);
 
 /// Everybody asks while the very first fill is under way, held by the origin.
 #[tokio::test(flavor = "multi_thread")]
@@ -64,4 +70,123 @@ async fn a_reader_who_leaves_does_not_kill_the_fill() {
         .await;
     let counts = film.fetches_per_slice();
     assert!(counts.iter().all(|n| *n == 1), "{counts:?}");
+}
+
+/// An owner that waits for a slow origin is not a dead one, though every seat at
+/// it is taken by somebody who waits: nobody goes elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn more_slow_objects_than_a_peer_has_seats_cost_one_request_each() {
+    const SEATS: usize = 64;
+    let cluster = TestCluster::start(3).await;
+    let films = cluster.films_owned_by(1, SEATS + 8, 1000).await;
+    films.iter().for_each(|film| {
+        film.always(Fault::Delay(SLOW));
+    });
+    let read = |film| [cluster.node(2).read(film), cluster.node(3).read(film)];
+    join_all(films.iter().flat_map(read)).await;
+    let counts: Vec<usize> = films.iter().map(|film| film.seen().len()).collect();
+    assert!(counts.iter().all(|n| *n == 1), "{counts:?}");
+}
+
+/// Clients who wait for one object take one seat at its owner, whatever else
+/// they send.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_clients_on_each_node_cost_one_request_and_one_ask() {
+    let cluster = TestCluster::start(3).await;
+    let film = cluster.films_owned_by(1, 1, 1000).await.remove(0);
+    film.always(Fault::Delay(SLOW));
+    let read = async |n: u64| {
+        let ask = Ask::get(film.path()).header("User-Agent", format!("client {n}"));
+        let reply = cluster.node(n % 3 + 1).ask(ask).await;
+        assert_eq!((reply.status, reply.body), (200, film.content().all()));
+    };
+    join_all((0..300).map(read)).await;
+    assert_eq!(film.seen().len(), 1, "{:#?}", film.seen());
+    for node in [2, 3] {
+        let asks = cluster
+            .node(node)
+            .metrics()
+            .await
+            .sum("peer_requests_total");
+        assert_eq!(asks, 2.0, "for the manifest, and for the slice");
+    }
+}
+
+/// Who demands to have it validated waits for the origin, and keeps nobody else
+/// waiting whom the owner can answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_demands_more_than_others_asks_alone() {
+    let cluster = TestCluster::start(3).await;
+    let film = cluster.films_owned_by(1, 1, 1000).await.remove(0);
+    film.header("Cache-Control", "max-age=3600");
+    cluster.node(1).read(&film).await;
+    film.always(Fault::Delay(SLOW));
+    let demands = Ask::get(film.path()).header("Cache-Control", "no-cache");
+    let mut demanding = std::pin::pin!(cluster.node(2).ask(demands));
+    let others = async {
+        film.until("it is being validated", |seen| seen.len() == 2)
+            .await;
+        cluster.node(2).read(&film).await;
+        assert!(!film.seen()[1].ended, "the others have waited, too");
+    };
+    tokio::select! {
+        () = others => {}
+        _ = &mut demanding => panic!("the others are answered first"),
+    }
+    assert_eq!(demanding.await.status, 200);
+    assert_eq!(film.seen().len(), 2, "{:#?}", film.seen());
+}
+
+/// Who asks together gets what its own request selects.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_of_several_variants_get_their_own() {
+    const LANGUAGES: [&str; 4] = ["de", "en", "fr", "it"];
+    let cluster = TestCluster::start(3).await;
+    let film = cluster.films_owned_by(1, 1, 1000).await.remove(0);
+    film.vary("Accept-Language")
+        .always(Fault::Delay(Duration::from_secs(1)));
+    let read = async |n: usize| {
+        let language = LANGUAGES[n / 3 % 4];
+        let ask = Ask::get(film.path()).header("Accept-Language", language);
+        let reply = cluster.node(n as u64 % 3 + 1).ask(ask).await;
+        assert_eq!(reply.body, film.content_for(language).all(), "{language}");
+    };
+    join_all((0..120).map(read)).await;
+    assert_eq!(film.fetches(), LANGUAGES.len(), "{:#?}", film.seen());
+}
+
+/// What is for one client alone goes to that one, whoever asked together with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_who_ask_together_do_not_share_what_is_private() {
+    let cluster = TestCluster::start(3).await;
+    let film = cluster.films_owned_by(1, 1, 1000).await.remove(0);
+    film.vary("Cookie").without("Vary");
+    film.header("Cache-Control", "private")
+        .always(Fault::Delay(Duration::from_secs(1)));
+    let read = async |n: u64| {
+        let cookie = format!("client={n}");
+        let ask = Ask::get(film.path()).header("Cookie", &cookie);
+        let reply = cluster.node(2).ask(ask).await;
+        assert_eq!(reply.body, film.content_for(&cookie).all(), "{cookie}");
+    };
+    join_all((0..20).map(read)).await;
+}
+
+/// Rule 6 where the asker's clients join one another: by URL when they join, by
+/// tag when the answer is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_after_a_purge_does_not_join_who_asked_before() {
+    let cluster = TestCluster::start(3).await;
+    let films = cluster.films_owned_by(1, 2, 1000).await;
+    for (film, purge) in films.iter().zip([None, Some(("X-Purge-Tag", "new"))]) {
+        film.header("Cache-Tag", "new").once(Fault::Delay(SLOW));
+        let before = cluster.node(2).reading(film);
+        film.until("one asks", |seen| !seen.is_empty()).await;
+        film.change();
+        let headers: Vec<_> = purge.into_iter().collect();
+        cluster.node(3).purge_with(film.path(), &headers).await;
+        cluster.node(2).read(film).await;
+        let before = before.await.unwrap().unwrap();
+        assert_eq!(film.version_of(0, &before.body), Some(1));
+    }
 }

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use pingora_slice_tests::cluster::{PURGE_TOKEN, Purged};
-use pingora_slice_tests::http::HOST;
 use pingora_slice_tests::relay::Link;
 use pingora_slice_tests::{Ask, Fault, Film, MIB, Options, SLICE_BYTES, TestCluster};
 
@@ -472,27 +471,12 @@ async fn a_node_that_was_cut_off_recovers_by_itself() {
     }
 }
 
-/// The owner of `/filmN`, whichever N it takes.
-async fn film_owned_by(cluster: &TestCluster, owner: u64, bytes: u64) -> Film {
-    for n in 0.. {
-        let path = format!("/film{n}");
-        let explain = format!("/v1/explain?url={HOST}{path}");
-        let (_, explained) = cluster.node(owner).admin("GET", &explain, None).await;
-        let first = explained["owners"][0].as_u64();
-        assert!(first.is_some(), "{explained}");
-        if first == Some(owner) {
-            return cluster.origin.publish(&path, bytes);
-        }
-    }
-    unreachable!()
-}
-
 /// A node that was away does not know the purge, so it does not know either
 /// that the fill which it still runs is from before it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fenced_node_lets_nobody_join_a_fill_from_before() {
     let cluster = TestCluster::start(3).await;
-    let film = film_owned_by(&cluster, 3, SLICE_BYTES).await;
+    let film = cluster.films_owned_by(3, 1, SLICE_BYTES).await.remove(0);
     let mut gate = film.hold_at(0);
     let mut early = cluster.node(3).reading(&film);
     gate.holds_up(&mut early).await;

@@ -22,13 +22,16 @@ mod frames;
 mod identity;
 pub mod serve;
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::{BoxFuture, WeakShared};
 use futures::stream::BoxStream;
 use quinn::{
     Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TokioRuntime, TransportConfig,
@@ -39,13 +42,16 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::dial::Dialler;
+use self::dial::{Dialler, Place};
 use self::identity::Identity;
 use self::serve::{Protocol, Server};
-use crate::NodeId;
 use crate::handle::StartError;
 use crate::handle::StoredStamp;
-use crate::wire::{self, ALPN_CONTROL, ALPN_SLICES, Answer, Ask, FrameError, HEAD_BYTES_MAX, Part};
+use crate::wire::{
+    self, ALPN_CONTROL, ALPN_SLICES, Answer, Ask, FrameError, HEAD_BYTES_MAX, OriginRequest, Part,
+    ResolveAsk,
+};
+use crate::{NodeId, ObjectKey, PurgeIndex};
 
 pub use self::frames::CloseCode;
 pub use self::identity::{NODE_NAME_PREFIX, NODE_NAME_SUFFIX, SERVER_NAME};
@@ -71,7 +77,8 @@ const CONTROL_STREAMS: usize = 64;
 /// own diallers use, as a stream's end takes a round trip to be known.
 const STREAMS_ACCEPTED: u32 = 128;
 const _: () = assert!(STREAMS_ACCEPTED as usize >= 2 * CONTROL_STREAMS);
-const _: () = assert!(STREAMS_ACCEPTED as usize >= 2 * SLICE_STREAMS);
+// And one ping.
+const _: () = assert!(STREAMS_ACCEPTED as usize > 2 * SLICE_STREAMS);
 
 /// Longest wait between two attempts to reach a peer's slice endpoint.
 const SLICE_BACKOFF_MAX: Duration = Duration::from_secs(5);
@@ -250,11 +257,16 @@ struct Inner {
     slices: Arc<Dialler>,
     control: Arc<Dialler>,
     slice_server: Arc<Server>,
+    /// One for each peer at most: many may wait for the same one.
+    pings: Mutex<HashMap<NodeId, WeakShared<Ping>>>,
     counters: Arc<Counters>,
     tasks: TaskTracker,
     /// Ends the control thread.
     control_end: CancellationToken,
 }
+
+/// Whether a peer has answered.
+type Ping = BoxFuture<'static, bool>;
 
 impl Drop for Inner {
     fn drop(&mut self) {
@@ -340,6 +352,7 @@ impl Peers {
             slices,
             control,
             slice_server,
+            pings: Mutex::default(),
             counters,
             tasks,
             control_end,
@@ -359,6 +372,7 @@ impl Peers {
     pub fn forget(&self, peer: NodeId) {
         self.inner.slices.forget(peer);
         self.inner.control.forget(peer);
+        dial::lock(&self.inner.pings).remove(&peer);
     }
 
     /// Asks a peer on the slice endpoint; `deadline` ends with the head of the
@@ -376,11 +390,33 @@ impl Peers {
         let reply = self
             .inner
             .slices
-            .exchange(peer, frame.into(), HEAD_BYTES_MAX, deadline)
+            .exchange(peer, Place::Seat, frame.into(), HEAD_BYTES_MAX, deadline)
             .await?;
         let answer: Answer = wire::decode(&reply.head).map_err(|e| refused(peer, e))?;
         let body = frames::has_body(&answer).then(|| reply.into_body());
         Ok((answer, body))
+    }
+
+    /// Whether a peer answers the cheapest of questions on the slice endpoint in
+    /// time, be it with no. Those who ask this wait for slower answers on all of
+    /// its seats perhaps, and would take a living peer for dead if the question
+    /// needed one.
+    pub async fn is_alive(&self, peer: NodeId, within: Duration) -> bool {
+        let ping = {
+            let mut pings = dial::lock(&self.inner.pings);
+            let under_way = pings.get(&peer).and_then(WeakShared::upgrade);
+            // One that has ended tells what was.
+            match under_way.filter(|ping| ping.peek().is_none()) {
+                Some(ping) => ping,
+                None => {
+                    let ping = ping(self.inner.slices.clone(), peer, within).boxed();
+                    let ping = ping.shared();
+                    pings.extend(ping.downgrade().map(|ping| (peer, ping)));
+                    ping
+                }
+            }
+        };
+        ping.await
     }
 
     /// One request and its response on the control endpoint.
@@ -398,7 +434,7 @@ impl Peers {
         let reply = self
             .inner
             .control
-            .exchange(peer, frame, limit, deadline)
+            .exchange(peer, Place::Seat, frame, limit, deadline)
             .await?;
         control_response(peer, &reply.head)
     }
@@ -457,6 +493,30 @@ impl Peers {
         let _ = tokio::time::timeout(STOP_TIMEOUT, all_told).await;
         self.inner.control_end.cancel();
     }
+}
+
+/// Asks for what nobody has: key 0 is no object's.
+async fn ping(slices: Arc<Dialler>, peer: NodeId, within: Duration) -> bool {
+    let nothing = Ask::Resolve(ResolveAsk {
+        key: ObjectKey(0),
+        request: OriginRequest {
+            host: String::new(),
+            target: String::new(),
+            headers: Vec::new(),
+        },
+        floor: PurgeIndex::default(),
+        first_byte: 0,
+        sliced: true,
+        revalidate: false,
+        gone: None,
+        stored_only: true,
+    });
+    let Ok(frame) = wire::encode(&nothing) else {
+        return false;
+    };
+    let reply = slices.exchange(peer, Place::Aside, frame.into(), HEAD_BYTES_MAX, within);
+    // A refusal is a sign of life: it may have too much to do for another question.
+    matches!(reply.await, Ok(_) | Err(PeerError::Refused { .. }))
 }
 
 fn refused(peer: NodeId, reason: FrameError) -> PeerError {

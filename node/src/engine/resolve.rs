@@ -1,7 +1,8 @@
-//! The origin's part of resolving: one request for everybody who waits, and
-//! what its answer means.
+//! One request for everybody who waits, to a manifest's owners or to the
+//! origin; and what the origin's answer means.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -26,7 +27,7 @@ use super::{
     holds_what_is_wanted,
 };
 use crate::config::OriginProbe;
-use crate::freshness::{self, NotStored, Use, unix_ms};
+use crate::freshness::{self, Demands, NotStored, Use, unix_ms};
 use crate::l1::Kept;
 use crate::manifest::{self, Freshness, Manifest, Stored, Url};
 use crate::origin::{self, OriginAnswer, OriginError, Wanted};
@@ -53,14 +54,32 @@ pub(super) fn back_off(attempt: u32) -> Duration {
     full.mul_f64(rand::rng().random_range(0.5..1.0))
 }
 
-/// The resolves under way, by the key under which a manifest will be kept, as
-/// far as it is known that the object varies.
-#[derive(Default)]
-pub(super) struct Resolves {
-    map: Mutex<HashMap<u128, Arc<Resolve>>>,
+/// Whom a resolve asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Owners,
+    Origin,
 }
 
-/// One request to the origin for a manifest, and those who wait for it.
+/// The resolves under way, by the key under which a manifest will be kept, as
+/// far as it is known that the object varies. Those that ask other nodes are
+/// apart, so that answering a peer never waits on one (invariant 3).
+#[derive(Default)]
+pub(super) struct Resolves {
+    at_owners: Mutex<HashMap<u128, Arc<Resolve>>>,
+    at_origin: Mutex<HashMap<u128, Arc<Resolve>>>,
+}
+
+impl Resolves {
+    fn of(&self, asked: Asked) -> &Mutex<HashMap<u128, Arc<Resolve>>> {
+        match asked {
+            Asked::Owners => &self.at_owners,
+            Asked::Origin => &self.at_origin,
+        }
+    }
+}
+
+/// One request for a manifest, and those who wait for it.
 pub(super) struct Resolve {
     /// Purge index applied before it began (rule 1).
     pub(super) stamp: PurgeIndex,
@@ -70,6 +89,8 @@ pub(super) struct Resolve {
     pub(super) relay: Mutex<Option<Relay>>,
     /// What the origin said before its answer: for who started it.
     informational: Mutex<Informational>,
+    /// The owner had it from somebody else's request: for who started it.
+    collapsed: AtomicBool,
 }
 
 impl Resolve {
@@ -98,6 +119,34 @@ impl Resolve {
         std::mem::take(&mut *self.informational.lock().expect("no panic while held"))
     }
 
+    fn put_relay(&self, relay: Relay) {
+        *self.relay.lock().expect("no panic while held") = Some(relay);
+    }
+
+    fn take_relay(&self) -> Option<Relay> {
+        self.relay.lock().expect("no panic while held").take()
+    }
+
+    /// What the owners' answer is for everybody; what is for the starter alone
+    /// is put aside.
+    fn outcome_of(&self, answer: Option<Resolved>) -> Outcome {
+        match answer {
+            Some(Resolved::Object(found)) => {
+                self.note_informational(found.informational);
+                self.collapsed.store(found.collapsed, Ordering::Relaxed);
+                Outcome::Object(found.object, found.resolution)
+            }
+            Some(Resolved::Relay(mut relay)) => {
+                self.note_informational(std::mem::take(&mut relay.informational));
+                self.put_relay(*relay);
+                Outcome::Relay
+            }
+            Some(Resolved::Pass(_)) => Outcome::Uncacheable,
+            Some(Resolved::Failed { status, reason }) => Outcome::Failed { status, reason },
+            None => Outcome::NoOwner,
+        }
+    }
+
     /// Whether it is under way, or has brought what others may have too.
     fn may_be_shared(&self) -> bool {
         matches!(
@@ -110,6 +159,7 @@ impl Resolve {
 /// Ends a resolve when it is dropped, which a panic does too.
 struct Ending<'a> {
     engine: &'a Engine,
+    asked: Asked,
     at: u128,
     flight: &'a Arc<Resolve>,
     outcome: Outcome,
@@ -118,7 +168,7 @@ struct Ending<'a> {
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         // Off the list first: who comes now must not get an answer from before.
-        if let Ok(mut map) = self.engine.inner.resolves.map.lock()
+        if let Ok(mut map) = self.engine.inner.resolves.of(self.asked).lock()
             && let Some(listed) = map.get(&self.at)
             && Arc::ptr_eq(listed, self.flight)
         {
@@ -139,9 +189,46 @@ pub(super) enum Outcome {
         status: u16,
         reason: &'static str,
     },
+    /// No owner was of use.
+    NoOwner,
+}
+
+/// Why those who asked together have no answer from it.
+enum Apart {
+    /// No owner was of use.
+    NoOwner,
+    /// Too many ask for too many variants.
+    Contended,
 }
 
 impl Engine {
+    /// Asks the manifest's owners, together with everybody on this node who asks
+    /// them for the same now: however many clients wait for a cold object, they
+    /// take one seat at its owner. `None`: no owner is of use, go on. Only with a
+    /// lease, as joining is.
+    ///
+    /// A request with demands of its own goes alone: the others need not wait
+    /// for what it wants, and what is good enough for them need not be for it.
+    pub(super) async fn resolve_at_owners(
+        &self,
+        request: &Request,
+        held: Option<&Held>,
+        gone: Option<Generation>,
+    ) -> Option<Resolved> {
+        if self.owners(request.key, 0).first() == Some(&self.me()) {
+            return None;
+        }
+        if request.demands != Demands::default() {
+            return self.ask_owners(request, held, gone).await;
+        }
+        let together = self.resolve_together(Asked::Owners, request, &None, gone, true);
+        match together.await {
+            Ok(resolved) => Some(resolved),
+            Err(Apart::NoOwner) => None,
+            Err(Apart::Contended) => self.ask_owners(request, held, gone).await,
+        }
+    }
+
     /// Asks the origin, together with everybody who asks for the same now. A
     /// node without a lease does not know today's floors, so its requests may
     /// not join a flight that began before they arrived (rules 5 and 6).
@@ -152,21 +239,38 @@ impl Engine {
         gone: Option<Generation>,
         may_join: bool,
     ) -> Resolved {
+        self.resolve_together(Asked::Origin, request, &held, gone, may_join)
+            .await
+            .unwrap_or(Resolved::Pass("contended"))
+    }
+
+    async fn resolve_together(
+        &self,
+        asked: Asked,
+        request: &Request,
+        held: &Option<Held>,
+        gone: Option<Generation>,
+        may_join: bool,
+    ) -> Result<Resolved, Apart> {
         let mut unfit = None;
         for _ in 0..JOINS_MAX {
-            let Some((flight, started)) = self.join(request, &held, gone, may_join, unfit.as_ref())
-            else {
-                return Resolved::Pass("not-ready");
+            let joined = self.join(asked, request, held, gone, may_join, unfit.as_ref());
+            let Some((flight, started)) = joined else {
+                return Ok(Resolved::Pass("not-ready"));
             };
             let mut news = flight.outcome.subscribe();
             let outcome = match news.wait_for(Option::is_some).await {
                 Ok(outcome) => outcome.clone(),
                 Err(_) => None,
             };
-            match outcome {
+            let resolved = match outcome {
                 Some(Outcome::Object(object, resolution)) => {
-                    // Tags and variant are known only now (rule 6).
-                    if !started && !self.serves(&object, resolution, request, gone) {
+                    // Tags and variant are known only now (rule 6); and what an
+                    // owner had stored needs a lease, after the wait (rule 7).
+                    let fits = started
+                        || (self.serves(&object, resolution, request, gone)
+                            && (asked == Asked::Origin || self.inner.cluster.may_serve()));
+                    if !fits {
                         unfit = Some(flight);
                         continue;
                     }
@@ -174,41 +278,35 @@ impl Engine {
                         Some(manifest) if !started => Arc::new(Stored::new(manifest)),
                         _ => object,
                     };
-                    return Resolved::Object(Found {
+                    Resolved::Object(Found {
                         object,
                         resolution,
-                        collapsed: !started,
+                        collapsed: !started || flight.collapsed.load(Ordering::Relaxed),
                         forwarded: Forwarded::default(),
                         informational: match started {
                             true => flight.take_informational(),
                             false => Informational::new(),
                         },
-                    });
+                    })
                 }
-                Some(Outcome::Relay) if started => {
-                    if let Some(mut relay) =
-                        flight.relay.lock().expect("no panic while held").take()
-                    {
+                Some(Outcome::Relay) if started => match flight.take_relay() {
+                    Some(mut relay) => {
                         relay.informational = flight.take_informational();
-                        return Resolved::Relay(Box::new(relay));
+                        Resolved::Relay(Box::new(relay))
                     }
-                    return Resolved::Pass("uncacheable");
-                }
-                Some(Outcome::Relay | Outcome::Uncacheable) => {
-                    return Resolved::Pass("uncacheable");
-                }
-                Some(Outcome::Failed { status, reason }) => {
-                    return Resolved::Failed { status, reason };
-                }
-                None => {
-                    return Resolved::Failed {
-                        status: 502,
-                        reason: "internal",
-                    };
-                }
-            }
+                    None => Resolved::Pass("uncacheable"),
+                },
+                Some(Outcome::Relay | Outcome::Uncacheable) => Resolved::Pass("uncacheable"),
+                Some(Outcome::Failed { status, reason }) => Resolved::Failed { status, reason },
+                Some(Outcome::NoOwner) => return Err(Apart::NoOwner),
+                None => Resolved::Failed {
+                    status: 502,
+                    reason: "internal",
+                },
+            };
+            return Ok(resolved);
         }
-        Resolved::Pass("contended")
+        Err(Apart::Contended)
     }
 
     /// Whether what a flight brought answers a request that joined it.
@@ -234,6 +332,7 @@ impl Engine {
     /// (rule 6). `None` while the cluster has no hash key.
     fn join(
         &self,
+        asked: Asked,
         request: &Request,
         held: &Option<Held>,
         gone: Option<Generation>,
@@ -254,7 +353,8 @@ impl Engine {
             }
             _ => request.key.0,
         };
-        let mut map = self.inner.resolves.map.lock().expect("no panic while held");
+        let under_way = self.inner.resolves.of(asked);
+        let mut map = under_way.lock().expect("no panic while held");
         if may_join
             && let Some(flight) = map.get(&at)
             && unfit.is_none_or(|unfit| !Arc::ptr_eq(unfit, flight))
@@ -270,6 +370,7 @@ impl Engine {
             outcome: watch::Sender::new(None),
             relay: Mutex::new(None),
             informational: Mutex::default(),
+            collapsed: AtomicBool::new(false),
         });
         map.insert(at, flight.clone());
         drop(map);
@@ -279,6 +380,7 @@ impl Engine {
         self.inner.runtime.spawn(async move {
             let mut end = Ending {
                 engine: &engine,
+                asked,
                 at,
                 flight: &begun,
                 outcome: Outcome::Failed {
@@ -289,6 +391,10 @@ impl Engine {
             // The flight before ours may have landed after we missed.
             end.outcome = match engine.landed_meanwhile(&request, gone).await {
                 Some(object) => Outcome::Object(object, Resolution::Hit),
+                None if asked == Asked::Owners => {
+                    let answer = engine.ask_owners(&request, None, gone).await;
+                    begun.outcome_of(answer)
+                }
                 None => {
                     let outcome = engine.ask_origin(&request, held.clone(), &begun).await;
                     if let Some(old) = held.filter(|old| begun.replaces(&outcome, old)) {
@@ -771,7 +877,7 @@ impl Engine {
 
     pub(super) fn relay(&self, mut answer: OriginAnswer, flight: &Arc<Resolve>) -> Outcome {
         answer.headers.remove(http::header::CONTENT_LENGTH);
-        *flight.relay.lock().expect("no panic while held") = Some(Relay {
+        flight.put_relay(Relay {
             status: answer.status,
             headers: answer.headers,
             length: answer.length,
