@@ -16,6 +16,7 @@ mod inspect;
 mod part;
 mod resolve;
 mod tags;
+mod turns;
 mod whole;
 
 use std::collections::HashMap;
@@ -52,6 +53,7 @@ use crate::stitch::StitchLog;
 pub use fill::Fill;
 use resolve::{Resolves, what_is_stored};
 use tags::OtherTags;
+use turns::{Turn, Turns};
 use whole::Wholes;
 
 /// How long a peer may be silent before it is asked whether it lives.
@@ -62,6 +64,9 @@ const PING: Duration = Duration::from_millis(500);
 const ASK_DEADLINE: Duration = Duration::from_secs(60);
 /// Owners asked for one thing before the origin is.
 const OWNERS_TRIED: usize = 3;
+/// How long what an owner holds counts as stale once it has said so: it is having
+/// it validated, and is asked again by one hit in that time at most.
+const OWNER_IS_STALE_FOR: Duration = Duration::from_millis(100);
 /// URLs remembered as not cacheable.
 const UNCACHEABLE_MAX: usize = 10_000;
 
@@ -280,6 +285,8 @@ struct Inner {
     fetches: Arc<Flights>,
     wholes: Wholes,
     resolves: Resolves,
+    /// Manifests that are being validated behind stale answers.
+    turns: Turns,
     uncacheable: Mutex<HashMap<ObjectKey, std::time::Instant>>,
     other_tags: Mutex<OtherTags>,
     /// Versions whose end is being announced.
@@ -335,6 +342,7 @@ impl Engine {
             fetches: Arc::default(),
             wholes: Wholes::default(),
             resolves: Resolves::default(),
+            turns: Turns::default(),
             uncacheable: Mutex::default(),
             other_tags: Mutex::default(),
             ending: Mutex::default(),
@@ -433,12 +441,22 @@ impl Engine {
                 Verdict::Use(Use::Fresh) => return found(Resolution::Hit),
                 Verdict::Use(Use::Stale) => return found(Resolution::Stale),
                 Verdict::Use(Use::StaleWhileRevalidating) => {
+                    // One sees to it; the others have nothing to wait for.
+                    let Some(turn) = self.turn_to_revalidate(request, &held.object) else {
+                        return found(Resolution::Stale);
+                    };
                     // The owner may have validated it already, and does so once for all.
-                    if let Some(owners) = self.stored_at_owner(request, Some(held), gone).await {
-                        return owners;
+                    let Some(owners) = self.stored_at_owner(request, Some(held), gone).await else {
+                        self.revalidate_in_background(request, turn);
+                        return found(Resolution::Stale);
+                    };
+                    if owners.resolution == Resolution::Stale {
+                        self.inner.runtime.spawn(async move {
+                            let _until_then = turn;
+                            tokio::time::sleep(OWNER_IS_STALE_FOR).await;
+                        });
                     }
-                    self.revalidate_in_background(request);
-                    return found(Resolution::Stale);
+                    return Resolved::Object(owners);
                 }
                 Verdict::Use(Use::Validate) | Verdict::Unusable => {}
             }
@@ -447,7 +465,7 @@ impl Engine {
         if request.demands.only_if_cached {
             if leased && let Some(owners) = self.stored_at_owner(request, held.as_ref(), gone).await
             {
-                return owners;
+                return Resolved::Object(owners);
             }
             return Resolved::Failed {
                 status: 504,
@@ -818,13 +836,15 @@ impl Engine {
         request: &Request,
         held: Option<&Held>,
         gone: Option<Generation>,
-    ) -> Option<Resolved> {
+    ) -> Option<Found> {
         let owner = *self.owners(request.key, 0).first()?;
         if owner == self.me() {
             return None;
         }
-        let answer = self.resolve_at(owner, request, held, gone, true).await?;
-        matches!(answer, Resolved::Object(_)).then_some(answer)
+        match self.resolve_at(owner, request, held, gone, true).await? {
+            Resolved::Object(found) => Some(found),
+            _ => None,
+        }
     }
 
     /// What the first of the manifest's owners that is of use answers.
@@ -979,7 +999,22 @@ impl Engine {
         self.inner.cluster.is_alive(peer, PING).await
     }
 
-    fn revalidate_in_background(&self, request: &Request) {
+    /// The turn to have a manifest validated that is served stale meanwhile;
+    /// `None` while somebody on this node has it.
+    fn turn_to_revalidate(&self, request: &Request, object: &Stored) -> Option<Turn> {
+        let manifest = &object.manifest;
+        let at = manifest::variant_key(&self.hash_key()?, request.key, &manifest.variant);
+        let floor = self.floor(&manifest.subject);
+        let applied = self.inner.cluster.applied();
+        self.inner.turns.take(at, applied, floor)
+    }
+
+    /// Not while memory is short: a later hit takes its turn then.
+    fn revalidate_in_background(&self, request: &Request, turn: Turn) {
+        // For its connection to the origin, or to an owner.
+        let Some(permit) = self.inner.budget.ahead(0) else {
+            return;
+        };
         let engine = self.clone();
         let mut request = request.clone();
         request.demands = Demands {
@@ -987,6 +1022,7 @@ impl Engine {
             ..Demands::default()
         };
         self.inner.runtime.spawn(async move {
+            let _until_done = (turn, permit);
             // One conditional request for the cluster: the owner's flight collects the rest.
             let held = engine.held(&request, None).await;
             let asked = engine.ask_owners(&request, held.as_ref(), None);

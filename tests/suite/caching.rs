@@ -3,10 +3,12 @@
 //! production size and of three bytes. The form is told in `talk`.
 
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
-use pingora_slice_tests::http::raw;
+use futures::future::join_all;
+use pingora_slice_tests::http::{Kept, raw};
 use pingora_slice_tests::talk::{self, TalkOrigin};
-use pingora_slice_tests::{Fault, Options, TestCluster};
+use pingora_slice_tests::{Ask, Fault, Options, TestCluster};
 
 const TEXTS: &[(&str, &str)] = &[
     ("storing", include_str!("caching/storing.txt")),
@@ -109,6 +111,59 @@ async fn stale_while_revalidate_does_not_go_back() {
         for node in [2, 3, 1, 2, 3] {
             assert_eq!(version(node).await, Some(2), "node {node} of film {n}");
         }
+    }
+}
+
+/// While an origin takes its time, what is validated meanwhile is served at once
+/// to everybody, and costs one request to the origin and next to none to the
+/// owner (P4); also where the owner has lost it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_stale_hits_cost_one_validation() {
+    const CLIENTS: u64 = 8;
+    const HITS: u64 = 125;
+    const HELD: Duration = Duration::from_secs(30);
+    for owner_loses_it in [false, true] {
+        let mut cluster = Options::cluster(3)
+            .set("enable_l2_cache", false)
+            .start()
+            .await;
+        let film = cluster.films_owned_by(1, 1, 1000).await.remove(0);
+        let rules = "max-age=3600, stale-while-revalidate=3600";
+        film.header("Cache-Control", rules);
+        cluster.node(1).read(&film).await;
+        cluster.node(2).read(&film).await;
+        if owner_loses_it {
+            cluster.node_mut(1).restart().await;
+        }
+        film.always(Fault::Delay(HELD));
+        let soft = [("X-Purge-Mode", "soft")];
+        let purged = cluster.node(3).purge_with(film.path(), &soft).await;
+        assert_eq!(purged.status, 200, "{}", purged.json);
+        let asks = async || {
+            let metrics = cluster.node(2).metrics().await;
+            metrics.sum("peer_requests_total")
+        };
+        let before = asks().await;
+
+        let begin = Instant::now();
+        let hit = async |_| {
+            let mut client = Kept::connect(cluster.node(2).address()).await.unwrap();
+            for _ in 0..HITS {
+                let reply = client.send(&Ask::get(film.path())).await.unwrap();
+                assert_eq!(reply.header("x-cache"), "STALE");
+                assert_eq!(reply.body, film.content().all());
+            }
+        };
+        join_all((0..CLIENTS).map(hit)).await;
+        let took = begin.elapsed();
+        assert!(took < HELD / 2, "{took:?}: somebody waited");
+        film.until("it is being validated", |seen| seen.len() > 1)
+            .await;
+        assert_eq!(film.seen().len(), 2, "{:#?}", film.seen());
+        // One a tenth of a second.
+        let asks = asks().await - before;
+        let expected = took.as_secs_f64() * 10.0 + 2.0;
+        assert!(asks <= expected, "{asks} requests to peers in {took:?}");
     }
 }
 

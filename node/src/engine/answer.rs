@@ -85,8 +85,10 @@ impl Engine {
             && object.manifest.stamp >= ask.floor
             && *usable != Use::Validate
         {
-            if *usable == Use::StaleWhileRevalidating {
-                self.revalidate_in_background(&request);
+            if *usable == Use::StaleWhileRevalidating
+                && let Some(turn) = self.turn_to_revalidate(&request, object)
+            {
+                self.revalidate_in_background(&request, turn);
             }
             let resolution = if *usable == Use::Fresh {
                 Resolution::Hit
