@@ -11,7 +11,7 @@ use pingora_slice_cluster::SliceId;
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
-use crate::manifest::{Stored, Url};
+use crate::manifest::{Manifest, Stored, Url};
 use crate::slice::{PAGE_BYTES, Slice};
 
 /// An object is large when it would take one part of memory in so many.
@@ -19,11 +19,11 @@ const LARGE_DIVISOR: u64 = 8;
 
 /// What the table and the allocator take for one item, bytes.
 const ITEM_BYTES: usize = 384;
-/// The same for a field: it is kept as two strings, and as it is written.
+/// The same for a field, beside what its name and its value are long.
 const FIELD_BYTES: usize = 96;
 
-/// A part of the table, with a lock of its own, has room for so many slices at
-/// least: parts fill alike, and one that is full drops what others had room for.
+/// A part of the table, with a lock of its own, has room for half to all of so many
+/// slices: parts fill alike, and one that is full drops what others had room for.
 const SHARD_SLICES: u64 = 512;
 const SHARDS_MAX: u64 = 64;
 
@@ -153,19 +153,31 @@ impl Weighter<Key, Item> for Weight {
     fn weight(&self, _: &Key, item: &Item) -> u64 {
         let bytes = match item {
             Item::Slice(slice) => slice.len(),
-            Item::Record(Kept::Manifest(stored)) => {
-                let manifest = &stored.manifest;
-                let fields = manifest.headers.iter();
-                let fields: usize = fields
-                    .map(|(name, value)| FIELD_BYTES + 2 * (name.len() + value.len()))
-                    .sum();
-                let url = manifest.url.host.len() + manifest.url.target.len();
-                size_of::<Stored>() + fields + url
+            Item::Record(Kept::Manifest(stored)) => size_of::<Stored>() + held(&stored.manifest),
+            Item::Record(Kept::Varies(varies)) => {
+                let names = varies.1.iter().map(|name| FIELD_BYTES + name.len());
+                url_bytes(&varies.0) + names.sum::<usize>()
             }
-            Item::Record(Kept::Varies(varies)) => varies.1.iter().map(String::len).sum(),
         };
         (bytes + ITEM_BYTES) as u64
     }
+}
+
+/// What a manifest holds beyond itself, bytes: all that a client or an origin
+/// chooses the length of.
+fn held(manifest: &Manifest) -> usize {
+    let fields = manifest.headers.iter();
+    // Two more times: as they are written, and as the version's validators.
+    let fields = fields.map(|(name, value)| FIELD_BYTES + 3 * (name.len() + value.len()));
+    let variant = manifest.variant.iter();
+    let variant = variant.map(|(name, value)| FIELD_BYTES + name.len() + value.len());
+    let names = manifest.subject.prefixes.len() + manifest.subject.tags.len();
+    let parts = fields.chain(variant).sum::<usize>();
+    url_bytes(&manifest.url) + parts + names * size_of::<u64>()
+}
+
+fn url_bytes(url: &Url) -> usize {
+    url.host.len() + url.target.len()
 }
 
 /// Which slices were asked for lately: about as many as it has places.
