@@ -240,6 +240,12 @@ impl Flight {
         self.landed().outcome.clone()
     }
 
+    /// Whether it has ended, before this byte of the slice.
+    fn ended_before(&self, at: u32) -> bool {
+        let landed = self.landed();
+        landed.outcome.is_some() && self.range.start + landed.bytes < at
+    }
+
     fn has_failed(&self) -> bool {
         let landed = self.landed();
         landed.spoiled || matches!(landed.outcome, Some(Err(_)))
@@ -566,6 +572,15 @@ impl SliceReader {
         matches!(self, SliceReader::Copied { more: true, .. })
     }
 
+    /// Whether what is read has ended, before this byte of the slice.
+    pub fn ended_before(&self, at: u32) -> bool {
+        match self {
+            SliceReader::Stored { slice, .. } => slice.len() < at as usize,
+            SliceReader::Copied { .. } => false,
+            SliceReader::Flight { reader, .. } => reader.flight().ended_before(at),
+        }
+    }
+
     /// Whether somebody else had started the flight that is read.
     pub fn is_joined(&self) -> bool {
         matches!(self, SliceReader::Flight { joined: true, .. })
@@ -664,6 +679,16 @@ mod tests {
         let (first, second) = follower.await.unwrap();
         assert_eq!(&first[..], b"abc");
         assert_eq!(second, Err(FillError::Changed));
+    }
+
+    /// Whoever goes on at the byte where a slice ends has all of it.
+    #[test]
+    fn an_end_before_a_byte_is_told_from_an_end_at_it() {
+        let flight = Flight::new(id(), 5..10);
+        flight.land(Part::new(Bytes::from_static(b"abc")));
+        assert!(!flight.ended_before(9), "it has not ended");
+        flight.finish(Ok(()));
+        assert!(flight.ended_before(9) && !flight.ended_before(8));
     }
 
     #[test]

@@ -62,8 +62,6 @@ enum Opened {
         reader: SliceReader,
         part: Touched,
         bytes: u64,
-        /// Of these, given before the reader was opened.
-        before: u64,
         /// Flights of somebody else that have failed us.
         failed: usize,
     },
@@ -143,7 +141,6 @@ impl<'a> Pieces<'a> {
                         reader,
                         part,
                         bytes: 0,
-                        before: 0,
                         failed: 0,
                     });
                     // The client need not wait for the others to be read.
@@ -250,7 +247,6 @@ impl<'a> Pieces<'a> {
                     reader,
                     part,
                     bytes,
-                    before,
                     failed,
                 } => {
                     let asked = Instant::now();
@@ -278,7 +274,6 @@ impl<'a> Pieces<'a> {
                                 ..*part
                             };
                             let object = &self.found.object;
-                            *before = *bytes;
                             *reader = self.engine.open(self.request, object, rest, None);
                         }
                         Some(Err(error)) => {
@@ -291,19 +286,15 @@ impl<'a> Pieces<'a> {
                                 ..*part
                             };
                             let object = &self.found.object;
-                            *before = *bytes;
                             *reader = self.engine.open(self.request, object, rest, None);
                         }
                         None => {
                             count_slice(metrics, reader.source(), *bytes);
                             let wanted = u64::from(part.end - part.start);
-                            let brought_nothing = bytes == before;
                             let short = match self.found.object.manifest.length() {
                                 Some(_) => *bytes != wanted,
                                 // Another body, which ends before what was given.
-                                None if brought_nothing && u64::from(part.start) + *before > 0 => {
-                                    true
-                                }
+                                None if reader.ended_before(part.start + *bytes as u32) => true,
                                 // Of unknown length: a short slice is the last.
                                 None if *bytes < wanted => {
                                     self.opened.clear();
