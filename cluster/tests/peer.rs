@@ -411,11 +411,13 @@ async fn a_peer_with_no_seat_left_is_alive() {
         let pings = (0..1000).map(|_| peers.is_alive(NodeId(2), SOON));
         let alive = futures::future::join_all(pings).await;
         assert!(alive.into_iter().all(|alive| alive));
-        assert_eq!(asked(), SEATS + 1);
+        // Whoever asks after it has come asks again.
+        let heard = asked();
+        assert!((SEATS + 1..SEATS + 10).contains(&heard), "{heard}");
 
         let late = peers.ask(NodeId(2), &slow, forever).await;
         assert!(matches!(late, Err(PeerError::TimedOut { .. })));
-        assert_eq!(asked(), SEATS + 1);
+        assert_eq!(asked(), heard);
 
         // No is an answer.
         handler.members.lock().unwrap().clear();

@@ -298,7 +298,6 @@ async fn lists_that_cost_more_than_they_are_worth() {
     }
 }
 
-/// RFC 9110 section 13.2.2, every combination of every condition with a range.
 /// RFC 9110 section 13.1.5: a date that a second version may have had says
 /// nothing of the bytes, though it is the one.
 #[tokio::test(flavor = "multi_thread")]
@@ -320,6 +319,7 @@ async fn if_range_with_a_date_that_is_too_new() {
     }
 }
 
+/// RFC 9110 section 13.2.2, every combination of every condition with a range.
 #[tokio::test(flavor = "multi_thread")]
 async fn conditions_in_their_order() {
     let cluster = tiny_slices().await;
