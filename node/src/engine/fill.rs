@@ -890,7 +890,7 @@ fn if_range_date(version: &Version) -> Vec<(HeaderName, String)> {
     date.map(|date| (IF_RANGE, date.clone())).collect()
 }
 
-fn has_strong_tag(version: &Version) -> bool {
+pub(super) fn has_strong_tag(version: &Version) -> bool {
     let tag = version.etag.as_deref();
     tag.is_some_and(|tag| !tag.starts_with("W/"))
 }

@@ -397,6 +397,7 @@ impl Engine {
                 }
                 None => {
                     let outcome = engine.ask_origin(&request, held.clone(), &begun).await;
+                    engine.count(&outcome);
                     if let Some(old) = held.filter(|old| begun.replaces(&outcome, old)) {
                         engine
                             .tell_replaced(&request, old.manifest.generation)
@@ -516,7 +517,6 @@ impl Engine {
                 Err(error) => {
                     tracing::debug!(url = %request.url, %error, "origin request failed");
                     if let Some(stale) = self.stale_on_error(held.as_ref()) {
-                        self.count_no_head();
                         return Outcome::Object(stale, Resolution::Stale);
                     }
                     let reached = !matches!(error, OriginError::Unreachable(_));
@@ -531,16 +531,23 @@ impl Engine {
         }
     }
 
-    /// Counts a fetch that brought not even a head: others are when they begin to fill.
-    fn count_no_head(&self) {
-        self.inner.metrics.subrequests_total.inc();
-        self.inner.metrics.failed_subrequests_total.inc();
+    /// Counts a request to the origin with all of its tries. One that brings a new
+    /// object is counted as the fill that it is.
+    fn count(&self, outcome: &Outcome) {
+        let metrics = &self.inner.metrics;
+        match outcome {
+            Outcome::Object(_, Resolution::Miss) => return,
+            Outcome::Object(_, Resolution::Stale) | Outcome::Failed { .. } => {
+                metrics.failed_subrequests_total.inc();
+            }
+            _ => {}
+        }
+        metrics.subrequests_total.inc();
     }
 
     /// Rule 5's last line, or the gateway errors: 504 where something is held
     /// that must not be used unasked (RFC 9111 section 5.2.2.2).
     pub(super) fn failed(&self, error: &OriginError, held: Option<&Arc<Stored>>) -> Outcome {
-        self.count_no_head();
         if self.inner.cluster.may_serve() {
             let must_ask = held.is_some_and(|object| {
                 let freshness = &object.manifest.freshness;
@@ -593,18 +600,20 @@ impl Engine {
     /// when the bytes came, so that its generation is of that alone. A date does
     /// not get stronger when a 304 brings a later Date.
     fn is_exact(&self, key: ObjectKey, manifest: &Manifest) -> bool {
-        self.hash_key().is_some_and(|hash_key| {
-            let key = manifest::variant_key(&hash_key, key, &manifest.variant);
-            let exact = manifest::generation(
-                &hash_key,
-                ObjectKey(key),
-                &manifest.version,
-                true,
-                PurgeIndex(0),
-                0,
-            );
-            manifest.generation == exact
-        })
+        let Some(hash_key) = self.hash_key() else {
+            return false;
+        };
+        let key = ObjectKey(manifest::variant_key(&hash_key, key, &manifest.variant));
+        let exact = |version: &Version| {
+            manifest::generation(&hash_key, key, version, true, PurgeIndex(0), 0)
+        };
+        // A body that came without a length has one since it ended.
+        let as_it_came = || Version {
+            length: None,
+            ..manifest.version.clone()
+        };
+        manifest.generation == exact(&manifest.version)
+            || (manifest.version.whole && manifest.generation == exact(&as_it_came()))
     }
 
     /// `stale-if-error` (RFC 5861 section 4); never past a purge or without a lease.
@@ -1142,14 +1151,18 @@ fn is_bare_failure(answer: &OriginAnswer) -> bool {
 
 /// Whether a 304 names another version than the one that is held, so that it
 /// confirms nothing (RFC 9111 section 4.3.4): from an origin that looks at the
-/// date alone, or that has begun to give tags. Origins that encode make a tag weak and confirm it
-/// as the strong one.
+/// date alone, or takes an older one for no change, or that has begun to give
+/// tags. Origins that encode make a tag weak and confirm it as the strong one.
 fn is_of_another(held: &Version, answer: &OriginAnswer) -> bool {
-    let named = answer.headers.get(ETAG).and_then(|v| v.to_str().ok());
-    match (&held.etag, named) {
+    let named = |name| answer.headers.get(name).and_then(|v| v.to_str().ok());
+    match (&held.etag, named(ETAG)) {
         (Some(held), Some(named)) => !plan::weakly_equal(held, named),
-        (None, Some(named)) => !named.starts_with("W/"),
-        (_, None) => false,
+        (None, Some(named)) if !named.starts_with("W/") => true,
+        (None, _) => {
+            let dates = held.last_modified.as_deref().zip(named(LAST_MODIFIED));
+            dates.is_some_and(|(held, named)| held != named)
+        }
+        (Some(_), None) => false,
     }
 }
 
