@@ -149,9 +149,46 @@ pub enum Resolved {
     Failed {
         /// 502, 503 or 504.
         status: u16,
-        /// In a word.
-        reason: &'static str,
+        /// Why.
+        reason: Failure,
     },
+}
+
+/// Why a request has no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The request never reached the origin.
+    Unreachable,
+    /// The origin's answer broke off.
+    BrokeOff,
+    /// The origin was too slow.
+    TimedOut,
+    /// The object's owner found the origin too slow.
+    Silent,
+    /// No answer of the origin fitted what was asked.
+    Disagrees,
+    /// The origin did not answer, and this node holds no lease.
+    Fenced,
+    /// The client wants nothing but what is in the cache.
+    OnlyIfCached,
+    /// A task of ours ended without an answer, which is a bug.
+    Internal,
+}
+
+impl Failure {
+    /// As `Cache-Status` says it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Failure::Unreachable => "origin-unreachable",
+            Failure::BrokeOff => "origin-broke-off",
+            Failure::TimedOut => "origin-timed-out",
+            Failure::Silent => "origin-silent",
+            Failure::Disagrees => "origin-disagrees",
+            Failure::Fenced => "fenced",
+            Failure::OnlyIfCached => "only-if-cached",
+            Failure::Internal => "internal",
+        }
+    }
 }
 
 /// A manifest that may be used for this request.
@@ -469,7 +506,7 @@ impl Engine {
             }
             return Resolved::Failed {
                 status: 504,
-                reason: "only-if-cached",
+                reason: Failure::OnlyIfCached,
             };
         }
         if self.is_uncacheable(request.key) {
@@ -959,8 +996,8 @@ impl Engine {
             Answer::Failed { status } => Some(Resolved::Failed {
                 status,
                 reason: match status {
-                    504 => "origin-silent",
-                    _ => "origin-broke-off",
+                    504 => Failure::Silent,
+                    _ => Failure::BrokeOff,
                 },
             }),
             // Its way to the origin may be cut; ours need not be.

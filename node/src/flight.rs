@@ -36,14 +36,28 @@ pub enum FillError {
     /// The origin could not be used: the status a client should see.
     #[error("the origin could not be used ({status}): {reason}")]
     Failed {
-        /// 502, 503 (no memory for it) or 504.
+        /// 502 or 504.
         status: u16,
         /// For the log.
         reason: String,
     },
+    /// The memory budget is spent, and stayed so: others may have it elsewhere.
+    #[error("no memory for it came free in time")]
+    NoMemory,
     /// Bytes changed after they had landed: have them from another source.
     #[error("bytes were damaged in memory")]
     Damaged,
+}
+
+impl FillError {
+    /// The status a client should see.
+    pub fn status(&self) -> u16 {
+        match self {
+            FillError::Failed { status, .. } => *status,
+            FillError::NoMemory => 503,
+            FillError::Changed | FillError::Damaged => 502,
+        }
+    }
 }
 
 /// Where a slice was had from, for the counters.

@@ -288,7 +288,7 @@ impl Front {
                     return Ok(false);
                 }
                 Resolved::Failed { status, reason } => {
-                    self.refuse(session, ctx, status, reason).await?;
+                    self.refuse(session, ctx, status, reason.as_str()).await?;
                     return Ok(true);
                 }
                 Resolved::Relay(relay) if relay.status == 200 && plan::has_conditions(&fields) => {
@@ -380,10 +380,7 @@ impl Front {
             Some(Err(FillError::Changed)) => return Ok(Answered::Changed),
             Some(Err(error)) => {
                 tracing::warn!(url = %request.url, %error, "request failed");
-                let status = match error {
-                    FillError::Failed { status, .. } => status,
-                    FillError::Changed | FillError::Damaged => 502,
-                };
+                let status = error.status();
                 return Ok(Answered::Failed { status });
             }
         };

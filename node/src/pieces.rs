@@ -368,8 +368,8 @@ impl Buf for Run {
 fn may_be_had_again(error: &FillError, reader: &SliceReader) -> bool {
     match error {
         FillError::Changed => false,
-        // Who waited for memory in vain has waited long enough.
-        FillError::Failed { status: 503, .. } => false,
+        // Whoever waited for memory in vain has waited long enough.
+        FillError::NoMemory => false,
         FillError::Failed { .. } => reader.is_joined(),
         FillError::Damaged => true,
     }

@@ -11,8 +11,7 @@ use pingora_slice_cluster::wire::{
     Answer, Ask, Informational, Part, Resolution, ResolveAsk, SliceAsk, SliceOrigin,
 };
 
-use super::resolve::UNREACHABLE;
-use super::{Engine, Fill, Forwarded, Found, Held, RelayBody, Request, Resolved, Verdict};
+use super::{Engine, Failure, Fill, Forwarded, Found, Held, RelayBody, Request, Resolved, Verdict};
 use crate::admin::Inspect;
 use crate::budget::Permit;
 use crate::flight::{FillError, FlightReader};
@@ -122,7 +121,10 @@ impl Engine {
             Resolved::Pass(_) => (Answer::Uncacheable, None),
             // Its asker may reach what we cannot; what we did reach and got no
             // answer from will not answer the asker either.
-            Resolved::Failed { reason, .. } if reason == UNREACHABLE => (Answer::Busy, None),
+            Resolved::Failed {
+                reason: Failure::Unreachable,
+                ..
+            } => (Answer::Busy, None),
             Resolved::Failed { status, .. } => (Answer::Failed { status }, None),
             Resolved::Relay(relay) => {
                 let mut headers = relay.headers;
@@ -234,9 +236,7 @@ impl Engine {
         match reader.next().await {
             None => (Answer::PastEnd, None),
             Some(Err(FillError::Changed)) => (Answer::Changed, None),
-            Some(Err(FillError::Failed { status: 503, .. } | FillError::Damaged)) => {
-                (Answer::Busy, None)
-            }
+            Some(Err(FillError::NoMemory | FillError::Damaged)) => (Answer::Busy, None),
             Some(Err(FillError::Failed { status, .. })) => (Answer::Failed { status }, None),
             Some(Ok(first)) => {
                 let slice_bytes = fill.slice_bytes();

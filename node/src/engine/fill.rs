@@ -96,14 +96,6 @@ impl Fill {
     }
 }
 
-/// The memory budget is spent, and stayed so.
-fn no_memory() -> FillError {
-    FillError::Failed {
-        status: 503,
-        reason: "no memory for it came free in time".into(),
-    }
-}
-
 /// Why one source gave no (more) bytes: try the next.
 struct NextSource(String);
 
@@ -255,7 +247,7 @@ impl Engine {
                 Some(permit) => flight.admit(permit),
                 None => {
                     self.inner.metrics.memory_refusals_total.inc();
-                    return Err(no_memory());
+                    return Err(FillError::NoMemory);
                 }
             },
             () = flight.until_admitted() => {}

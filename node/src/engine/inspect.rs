@@ -243,7 +243,7 @@ impl Engine {
                 return failed(url, format!("not cacheable: status {}", relay.status));
             }
             Resolved::Failed { status, reason } => {
-                return failed(url, format!("{status}: {reason}"));
+                return failed(url, format!("{status}: {}", reason.as_str()));
             }
         };
         let manifest = &found.object.manifest;

@@ -23,7 +23,7 @@ use super::fill::is_pinned;
 use super::part::{OpenRange, Part};
 use super::tags::NewTags;
 use super::{
-    Engine, Fill, Forwarded, Found, Held, Relay, RelayBody, Request, Resolved, Verdict,
+    Engine, Failure, Fill, Forwarded, Found, Held, Relay, RelayBody, Request, Resolved, Verdict,
     holds_what_is_wanted,
 };
 use crate::config::OriginProbe;
@@ -38,8 +38,6 @@ use crate::stitch::Fault;
 const BACK_OFF: Duration = Duration::from_millis(50);
 /// Longest pause.
 const BACK_OFF_MAX: Duration = Duration::from_secs(2);
-/// Why a request failed that never reached the origin.
-pub(super) const UNREACHABLE: &str = "origin-unreachable";
 /// How long other nodes may take to hear that a version was replaced.
 const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
 /// Flights that one request joins in vain before it goes on its own: the
@@ -187,7 +185,7 @@ pub(super) enum Outcome {
     Uncacheable,
     Failed {
         status: u16,
-        reason: &'static str,
+        reason: Failure,
     },
     /// No owner was of use.
     NoOwner,
@@ -301,7 +299,7 @@ impl Engine {
                 Some(Outcome::NoOwner) => return Err(Apart::NoOwner),
                 None => Resolved::Failed {
                     status: 502,
-                    reason: "internal",
+                    reason: Failure::Internal,
                 },
             };
             return Ok(resolved);
@@ -385,7 +383,7 @@ impl Engine {
                 flight: &begun,
                 outcome: Outcome::Failed {
                     status: 502,
-                    reason: "internal",
+                    reason: Failure::Internal,
                 },
             };
             // The flight before ours may have landed after we missed.
@@ -484,7 +482,7 @@ impl Engine {
         let (mut attempt, mut turns) = (0, 0);
         let disagrees = Outcome::Failed {
             status: 502,
-            reason: "origin-disagrees",
+            reason: Failure::Disagrees,
         };
         loop {
             let confirm = held
@@ -556,15 +554,15 @@ impl Engine {
             Outcome::Failed {
                 status: if must_ask { 504 } else { error.status() },
                 reason: match error {
-                    OriginError::Unreachable(_) => UNREACHABLE,
-                    OriginError::BrokeOff(_) => "origin-broke-off",
-                    OriginError::TimedOut(_) => "origin-timed-out",
+                    OriginError::Unreachable(_) => Failure::Unreachable,
+                    OriginError::BrokeOff(_) => Failure::BrokeOff,
+                    OriginError::TimedOut(_) => Failure::TimedOut,
                 },
             }
         } else {
             Outcome::Failed {
                 status: 503,
-                reason: "fenced",
+                reason: Failure::Fenced,
             }
         }
     }

@@ -290,7 +290,8 @@ impl Front {
         let mut pieces = Pieces::new(&self.engine, request, found, pieces, ahead, Form::Large);
         let first = match pieces.next_run(&self.metrics).await {
             Some(Ok(first)) => first,
-            Some(Err(FillError::Failed { status, .. })) => {
+            Some(Err(error @ (FillError::Failed { .. } | FillError::NoMemory))) => {
+                let status = error.status();
                 tracing::warn!(url = %request.url, status, "request failed");
                 let mut refusal = self
                     .refusal(status, "fill-failed")
