@@ -165,14 +165,11 @@ impl Front {
         }
     }
 
-    /// Reads a request; an error is the status to refuse it with, `Ok(None)`
-    /// the reason to pass it.
-    fn request(
-        &self,
-        head: &RequestHeader,
-        fields: &Arc<HeaderMap>,
-    ) -> std::result::Result<std::result::Result<Request, &'static str>, u16> {
-        let (host, target) = self.naming.host_and_target(head).ok_or(400u16)?;
+    /// Reads a request.
+    fn request(&self, head: &RequestHeader, fields: &Arc<HeaderMap>) -> Asked {
+        let Some((host, target)) = self.naming.host_and_target(head) else {
+            return Asked::Refuse(400, "malformed");
+        };
         let loop_id = self.loop_id();
         let seen = |id: &Arc<str>| {
             head.headers
@@ -188,21 +185,21 @@ impl Front {
                 })
         };
         if loop_id.is_some_and(seen) {
-            return Err(508);
+            return Asked::Refuse(508, "loop");
         }
         let Some(hash_key) = self.engine.cluster().view().hash_key else {
-            return Ok(Err("not-ready"));
+            return Asked::Pass("not-ready");
         };
         if !self.engine.config().enable_cache {
-            return Ok(Err("disabled"));
+            return Asked::Pass("disabled");
         }
         let demands = Demands::of(
             &head.headers,
             &self.engine.config().caching.request_directives,
         );
         let pass = |why| match demands.only_if_cached {
-            true => Err(504),
-            false => Ok(Err(why)),
+            true => Asked::Refuse(504, "only-if-cached"),
+            false => Asked::Pass(why),
         };
         if head.headers.contains_key(header::UPGRADE) {
             return pass("upgrade");
@@ -223,7 +220,7 @@ impl Front {
         let sliced = patterns.is_empty() || patterns.iter().any(|pattern| pattern.is_match(path));
         let key = hash_key.object(&host, &target);
         let url = Arc::new(Url { host, target });
-        Ok(Ok(Request {
+        Asked::Cacheable(Request {
             key,
             origin: Sent::new({
                 let (url, fields) = (url.clone(), fields.clone());
@@ -242,7 +239,7 @@ impl Front {
                 _ => 0,
             },
             sliced,
-        }))
+        })
     }
 
     /// Answers from the engine; false: let Pingora proxy it.
@@ -250,19 +247,15 @@ impl Front {
         let head = session.req_header();
         let fields = Arc::new(head.headers.clone());
         let request = match self.request(head, &fields) {
-            Err(status) => {
-                let reason = match status {
-                    504 => "only-if-cached",
-                    _ => "malformed",
-                };
-                self.refuse(session, ctx, status, reason).await?;
-                return Ok(true);
-            }
-            Ok(Err(why)) => {
+            Asked::Cacheable(request) => request,
+            Asked::Pass(why) => {
                 ctx.passed = Some(why);
                 return Ok(false);
             }
-            Ok(Ok(request)) => request,
+            Asked::Refuse(status, reason) => {
+                self.refuse(session, ctx, status, reason).await?;
+                return Ok(true);
+            }
         };
         let is_get = head.method == Method::GET;
         let (mut resolved, mut gone) = (None, None);
@@ -694,7 +687,7 @@ impl Front {
         }
         let status = match reason {
             // Nobody was asked.
-            "only-if-cached" | "malformed" => format!("detail={reason}"),
+            "only-if-cached" | "malformed" | "loop" => format!("detail={reason}"),
             _ => format!("fwd=miss; detail={reason}"),
         };
         self.describe(&mut head, &status, "MISS")?;
@@ -766,6 +759,16 @@ async fn until_total(deadline: Option<tokio::time::Instant>) {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
+}
+
+/// How a GET or HEAD goes on.
+enum Asked {
+    /// By the engine.
+    Cacheable(Request),
+    /// By being passed on; why, in a word.
+    Pass(&'static str),
+    /// No further: the status, and why in a word.
+    Refuse(u16, &'static str),
 }
 
 enum Answered {

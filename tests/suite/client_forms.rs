@@ -469,7 +469,10 @@ async fn a_request_that_has_passed_this_cluster_before() {
         ("pingora-slice-0".to_owned(), 200),
     ] {
         let ask = Ask::get("/film").header("CDN-Loop", &passed);
-        assert_eq!(cluster.node(1).ask(ask).await.status, status, "{passed}");
+        let reply = cluster.node(1).ask(ask).await;
+        assert_eq!(reply.status, status, "{passed}");
+        let is_a_loop = reply.header("cache-status").ends_with("; detail=loop");
+        assert_eq!(is_a_loop, status == 508, "{passed}");
     }
 }
 

@@ -32,7 +32,7 @@ use pingora_slice_cluster::wire::Resolution;
 use pingora_slice_cluster::{Generation, ObjectKey};
 use tokio::io::AsyncWriteExt;
 
-use super::{Front, patiently, until_total};
+use super::{Asked, Front, patiently, until_total};
 use crate::engine::{Found, Request, Resolved};
 use crate::flight::{FillError, Form, Source};
 use crate::head;
@@ -90,7 +90,7 @@ impl Front {
         let started = Instant::now();
         let _under_way = self.under_way();
         let fields = Arc::new(head.headers.clone());
-        let Ok(Ok(request)) = self.request(head, &fields) else {
+        let Asked::Cacheable(request) = self.request(head, &fields) else {
             return Ok(Directly::Not(None));
         };
         let known = |resolved, gone| {
