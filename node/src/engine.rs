@@ -1105,29 +1105,22 @@ impl Engine {
         if self.floor(&subject).plain > fill.stamp {
             return;
         }
-        let mut announced = self.announcement(fill.slice.generation, || PurgeItem {
-            scope: Scope::url(&hash_key, &url.host, &url.target),
-            mode: PurgeMode::Plain,
-        });
+        let mut announced = self.announcement(fill.slice.generation, url);
         // An error says that the other end is gone: it is done.
         let _ = tokio::time::timeout(ANNOUNCED_WITHIN, announced.changed()).await;
     }
 
     /// The announcement of a version's end, begun if need be.
-    fn announcement(
-        &self,
-        generation: Generation,
-        item: impl FnOnce() -> PurgeItem,
-    ) -> watch::Receiver<()> {
+    fn announcement(&self, generation: Generation, url: Url) -> watch::Receiver<()> {
         let mut ending = self.inner.ending.lock().expect("no panic while held");
         if let Some(announced) = ending.get(&generation) {
             return announced.clone();
         }
         let (done, announced) = watch::channel(());
         ending.insert(generation, announced.clone());
-        let (engine, items) = (self.clone(), vec![item()]);
+        let engine = self.clone();
         self.inner.runtime.spawn(async move {
-            engine.commit(items).await;
+            engine.purge_all_of(&[url]).await;
             let mut ending = engine.inner.ending.lock().expect("no panic while held");
             ending.remove(&generation);
             drop(done);
@@ -1188,8 +1181,11 @@ impl Engine {
         }
     }
 
+    /// Purges on all nodes what has changed at the origin.
     async fn purge_all_of(&self, urls: &[Url]) {
-        let Some(key) = self.hash_key() else { return };
+        let (Some(first), Some(key)) = (urls.first(), self.hash_key()) else {
+            return;
+        };
         let items: Vec<PurgeItem> = urls
             .iter()
             .map(|url| PurgeItem {
@@ -1197,14 +1193,9 @@ impl Engine {
                 mode: PurgeMode::Plain,
             })
             .collect();
-        if !items.is_empty() {
-            self.commit(items).await;
-        }
-    }
-
-    async fn commit(&self, items: Vec<PurgeItem>) {
+        let count = items.len();
         if let Err(error) = self.inner.cluster.purge(items, rand::random()).await {
-            tracing::debug!(%error, "a changed version was not announced");
+            tracing::warn!(url = %first, count, %error, "what has changed was not purged");
         }
     }
 }
