@@ -1137,7 +1137,7 @@ impl Engine {
     /// After an unsafe method succeeded (RFC 9111 section 4.4): its URL, and
     /// those of the same host that the answer names, have changed. Returns
     /// when no node answers from before any more, or none can promise it.
-    pub async fn invalidate(&self, url: &Url, response: &HeaderMap) {
+    pub async fn purge_changed(&self, url: &Url, response: &HeaderMap) {
         let mut urls = vec![url.clone()];
         for name in [LOCATION, CONTENT_LOCATION] {
             let Some(value) = response.get(name).and_then(|v| v.to_str().ok()) else {

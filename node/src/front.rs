@@ -121,7 +121,7 @@ pub struct Context {
     /// This node held no lease when it came (rule 5).
     fenced: bool,
     /// The object that an unsafe method may change.
-    invalidates: Option<Url>,
+    may_change: Option<Url>,
     /// For the buffers of a proxied answer.
     _passing: Option<Permit>,
     /// Until the answer is out, the node does not stop.
@@ -968,7 +968,7 @@ impl ProxyHttp for Front {
             passed: None,
             counted: false,
             fenced: false,
-            invalidates: None,
+            may_change: None,
             _passing: None,
             _under_way: self.under_way(),
         }
@@ -1009,7 +1009,7 @@ impl ProxyHttp for Front {
                 };
                 ctx.passed = Some("method");
                 if !matches!(method, "OPTIONS" | "TRACE") {
-                    ctx.invalidates = Some(Url { host, target });
+                    ctx.may_change = Some(Url { host, target });
                 } else if max_forwards(session.req_header()) == Some(0) {
                     let status = if method == "OPTIONS" { 204 } else { 405 };
                     let mut head = ResponseHeader::build_no_case(status, None)?;
@@ -1097,11 +1097,11 @@ impl ProxyHttp for Front {
         );
         self.describe(upstream, &status, "PASS")?;
         keep_date(upstream);
-        if let Some(url) = ctx.invalidates.take()
+        if let Some(url) = ctx.may_change.take()
             && (upstream.status.is_success() || upstream.status.is_redirection())
         {
             // The answer is held back until no node answers from before it.
-            self.engine.invalidate(&url, &upstream.headers).await;
+            self.engine.purge_changed(&url, &upstream.headers).await;
         }
         Ok(())
     }
