@@ -135,6 +135,20 @@ pub struct Version {
     pub hard: PurgeIndex,
 }
 
+impl Version {
+    /// The entity tag, unless it is weak. One without quotes, which is none by
+    /// RFC 9110 section 8.8.3, counts: the origin gives it and compares it.
+    pub fn strong_etag(&self) -> Option<&str> {
+        self.etag.as_deref().filter(|tag| !tag.starts_with("W/"))
+    }
+
+    /// The strong entity tag, where it is well-formed: only that ties the bytes
+    /// of one fill to those of another.
+    pub fn quoted_etag(&self) -> Option<&str> {
+        self.etag.as_deref().filter(|tag| tag.starts_with('"'))
+    }
+}
+
 /// How a resolve was answered; for `Cache-Status` and the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Resolution {

@@ -784,11 +784,7 @@ impl Engine {
         }
         let on_disk = self.inner.l2.as_ref().filter(|_| self.is_keeper(key, 0));
         if !manifest.variant.is_empty() {
-            let by: Vec<String> = manifest
-                .variant
-                .iter()
-                .map(|(name, _)| name.clone())
-                .collect();
+            let by = manifest.varies_by();
             if let Some(l2) = on_disk {
                 let record = Record::Varies {
                     url: manifest.url.clone(),

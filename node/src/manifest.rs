@@ -135,6 +135,16 @@ impl Manifest {
         Some(slice_count(self.version.length?, self.version.slice_bytes))
     }
 
+    /// Names of the request fields that the object varies by.
+    pub fn varies_by(&self) -> Vec<String> {
+        self.variant.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Whether a request with these fields selects this variant.
+    pub fn selects(&self, request: &Headers) -> bool {
+        self.variant == variant_of(&self.varies_by(), request)
+    }
+
     /// Value of the first field called `name`.
     pub fn header(&self, name: &str) -> Option<&str> {
         let (_, value) = self
@@ -224,7 +234,7 @@ pub fn generation(
     chance: u64,
 ) -> Generation {
     let fill = if strong { [0; 2] } else { [stamp.0, chance] };
-    let etag = version.etag.as_deref().filter(|tag| !tag.starts_with("W/"));
+    let etag = version.strong_etag();
     Generation(
         key.hash128(
             DOMAIN_GENERATION,

@@ -158,11 +158,7 @@ impl<'a> Pieces<'a> {
     /// there is memory: both cost more to have again than to hold.
     pub(crate) fn let_go(&mut self, metrics: &Metrics) {
         let version = &self.found.object.manifest.version;
-        let strong = version
-            .etag
-            .as_deref()
-            .is_some_and(|tag| !tag.starts_with("W/"));
-        if !strong && version.last_modified.is_none()
+        if version.strong_etag().is_none() && version.last_modified.is_none()
             || version.whole && !self.engine.budget().is_tight()
             || self.opened.is_empty()
         {

@@ -804,7 +804,7 @@ impl Engine {
                 if other_total && fill.version.length.is_some() {
                     fault("length");
                     // The tag says that it is the same: a lie, unless it stays.
-                    let lies = has_strong_tag(&fill.version);
+                    let lies = fill.version.strong_etag().is_some();
                     let error = FillError::Changed;
                     return Err(if lies {
                         Retry::Yes(error)
@@ -871,8 +871,8 @@ impl From<OriginError> for Retry {
 
 /// Only the version we hold: a changed object is sent whole, and recognised.
 pub(super) fn if_range(version: &Version) -> Vec<(HeaderName, String)> {
-    match version.etag.as_ref().filter(|tag| !tag.starts_with("W/")) {
-        Some(tag) => vec![(IF_RANGE, tag.clone())],
+    match version.strong_etag() {
+        Some(tag) => vec![(IF_RANGE, tag.to_owned())],
         None => if_range_date(version),
     }
 }
@@ -882,15 +882,10 @@ fn if_range_date(version: &Version) -> Vec<(HeaderName, String)> {
     date.map(|date| (IF_RANGE, date.clone())).collect()
 }
 
-pub(super) fn has_strong_tag(version: &Version) -> bool {
-    let tag = version.etag.as_deref();
-    tag.is_some_and(|tag| !tag.starts_with("W/"))
-}
-
 /// Whether a version's validators tell its bytes from those of any other, so
 /// that one answer can be put together with the next.
 pub(super) fn is_pinned(version: &Version) -> bool {
-    has_strong_tag(version) || version.last_modified.is_some()
+    version.strong_etag().is_some() || version.last_modified.is_some()
 }
 
 /// Whether an answer's validators are those of `version`: the strong entity
@@ -899,8 +894,8 @@ pub(super) fn is_pinned(version: &Version) -> bool {
 /// fixed times gives every version the same.
 pub(super) fn same_version(version: &Version, answer: &OriginAnswer) -> bool {
     let text = |name: HeaderName| answer.headers.get(name).and_then(|v| v.to_str().ok());
-    if has_strong_tag(version) {
-        return text(ETAG) == version.etag.as_deref();
+    if let Some(tag) = version.strong_etag() {
+        return text(ETAG) == Some(tag);
     }
     let tags_differ = match (&version.etag, text(ETAG)) {
         (Some(ours), Some(theirs)) => !weakly_equal(ours, theirs),

@@ -310,11 +310,7 @@ fn explain_manifest(object: &Arc<Stored>, stored_in: &str) -> api::Manifest {
         fresh_for_s: manifest.freshness.lifetime as i64 - age as i64,
         etag: manifest.version.etag.clone(),
         last_modified: manifest.version.last_modified.clone(),
-        vary: manifest
-            .variant
-            .iter()
-            .map(|(name, _)| name.clone())
-            .collect(),
+        vary: manifest.varies_by(),
         tags: super::resolve::tags(&crate::manifest::to_map(&manifest.headers)),
     }
 }

@@ -63,8 +63,8 @@ impl HeldPart {
     }
 
     /// What must be the same for another part to be of the same bytes.
-    pub(super) fn strong_etag(&self) -> Option<&str> {
-        strong(self.object.manifest.version.etag.as_deref())
+    pub(super) fn quoted_etag(&self) -> Option<&str> {
+        self.object.manifest.version.quoted_etag()
     }
 
     /// This part and another that touches it, put together (section 3.4).
@@ -85,10 +85,6 @@ impl HeldPart {
         }
         Some((first, all.freeze()))
     }
-}
-
-fn strong(etag: Option<&str>) -> Option<&str> {
-    etag.filter(|etag| etag.starts_with('"'))
 }
 
 /// A range that the origin gave, other than a slice of ours.
@@ -249,8 +245,8 @@ impl Engine {
                         && answer
                             .length
                             .is_none_or(|length| length == rest.end - rest.start)
-                        && held.strong_etag().is_some()
-                        && held.strong_etag() == etag.and_then(|etag| etag.to_str().ok())
+                        && held.quoted_etag().is_some()
+                        && held.quoted_etag() == etag.and_then(|etag| etag.to_str().ok())
                 });
                 if let Some(rest) = rest {
                     return Act::Done(self.part(request, rest, Some(held), answer, flight).await);
@@ -294,8 +290,8 @@ impl Engine {
                 .get(http::header::ETAG)
                 .and_then(|v| v.to_str().ok());
             held.object.manifest.length() == Some(part.total)
-                && held.strong_etag().is_some()
-                && held.strong_etag() == etag
+                && held.quoted_etag().is_some()
+                && held.quoted_etag() == etag
         });
         if let Some(held) = same
             && let Some((start, all)) = held.joined(part.start, &bytes)

@@ -316,12 +316,7 @@ impl Engine {
         gone: Option<Generation>,
     ) -> bool {
         let manifest = &object.manifest;
-        let by: Vec<String> = manifest
-            .variant
-            .iter()
-            .map(|(name, _)| name.clone())
-            .collect();
-        manifest.variant == manifest::variant_of(&by, &request.origin.headers)
+        manifest.selects(&request.origin.headers)
             && self.judge(object, request, gone) != Verdict::Unusable
             && (resolution == Resolution::Stale || self.is_joinable(object))
     }
@@ -579,17 +574,12 @@ impl Engine {
         // The lease first: it vouches for floors read after it.
         let leased = self.inner.cluster.may_serve();
         let floor = self.floor(&manifest.subject);
-        let by: Vec<String> = manifest
-            .variant
-            .iter()
-            .map(|(name, _)| name.clone())
-            .collect();
         let has_validator =
             manifest.version.etag.is_some() || manifest.version.last_modified.is_some();
         has_validator
             && gone != Some(manifest.generation)
             && holds_what_is_wanted(manifest, request)
-            && manifest.variant == manifest::variant_of(&by, &request.origin.headers)
+            && manifest.selects(&request.origin.headers)
             && manifest.stamp >= floor.hard
             && ((leased && manifest.stamp >= floor.plain) || self.is_exact(request.key, manifest))
     }
@@ -952,7 +942,7 @@ impl Engine {
         // A hard purge that came after the request left says nothing of these bytes.
         version.hard = self.floor(&subject).hard.min(stamp);
         let has_strong_validator = match &version.etag {
-            Some(tag) => tag.starts_with('"'),
+            Some(_) => version.quoted_etag().is_some(),
             None => strong_date(&answer.headers, answer.received_ms).is_some(),
         };
         let strong = status == 200 && has_strong_validator;
@@ -1087,7 +1077,7 @@ impl Probe {
     fn wanted(&self, confirm: Option<&Arc<Stored>>) -> Wanted {
         let mut fields = Vec::new();
         if let Some(OpenRange::Rest(held)) = &self.open
-            && let Some(etag) = held.strong_etag()
+            && let Some(etag) = held.quoted_etag()
         {
             fields.push((IF_RANGE, etag.to_owned()));
         }

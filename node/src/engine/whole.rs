@@ -17,7 +17,7 @@ use pingora_slice_cluster::wire::{OriginRequest, Part};
 use pingora_slice_cluster::{Generation, ObjectKey, SliceId};
 use tokio::sync::watch;
 
-use super::fill::{Retry, has_strong_tag, if_range, is_pinned, same_version};
+use super::fill::{Retry, if_range, is_pinned, same_version};
 use super::resolve::back_off;
 use super::{Engine, Fill, Request};
 use crate::flight::{FillError, Flight, Source};
@@ -476,7 +476,7 @@ impl Engine {
             // A date, or a weak tag, is the same for every encoding, and for what
             // every machine makes of it.
             && (manifest.is_none() || answered.and_then(|v| v.to_str().ok()) == encoding)
-            && (encoding.is_none() || has_strong_tag(&fill.version))
+            && (encoding.is_none() || fill.version.strong_etag().is_some())
             // What was sent without a length may have one by now: its body's end.
             && (answer.length.is_none() || answer.length == fill.version.length);
         if same {
