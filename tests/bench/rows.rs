@@ -94,6 +94,24 @@ impl Figure {
     }
 }
 
+/// What one turn measures.
+#[derive(Clone, Copy)]
+struct Figures {
+    per_second: f64,
+    cpu_us_per_mib: f64,
+    cpu_us_per_request: f64,
+}
+
+impl Figures {
+    fn of(self, figure: Figure) -> f64 {
+        match figure {
+            Figure::PerSecond => self.per_second,
+            Figure::CpuPerMib => self.cpu_us_per_mib,
+            Figure::CpuPerRequest => self.cpu_us_per_request,
+        }
+    }
+}
+
 /// Everything that the rows share.
 pub struct Bench<'a> {
     /// What was asked for.
@@ -215,7 +233,7 @@ impl Bench<'_> {
         side: Side<'_>,
         connections: usize,
         pattern: Pattern,
-    ) -> Result<[f64; 3]> {
+    ) -> Result<Figures> {
         let before = cpu_seconds(side.pid);
         let load = wrk(
             &self.home.path(""),
@@ -226,11 +244,11 @@ impl Bench<'_> {
         )
         .await?;
         let cpu_us = (cpu_seconds(side.pid) - before) * 1e6;
-        Ok([
-            load.per_second,
-            cpu_us / (load.bytes / MIB),
-            cpu_us / load.requests,
-        ])
+        Ok(Figures {
+            per_second: load.per_second,
+            cpu_us_per_mib: cpu_us / (load.bytes / MIB),
+            cpu_us_per_request: cpu_us / load.requests,
+        })
     }
 
     /// Both sides take turns at the same load.
@@ -252,14 +270,16 @@ impl Bench<'_> {
             turns.push((a, b));
         }
         for (figure, aim) in wanted {
-            let pick = |figures: &[f64; 3]| figures[*figure as usize];
             report.add(Comparison {
                 row,
                 work: work.to_owned(),
                 against: theirs.name.to_owned(),
                 unit: figure.unit(),
                 aim: *aim,
-                pairs: turns.iter().map(|(a, b)| (pick(a), pick(b))).collect(),
+                pairs: turns
+                    .iter()
+                    .map(|(a, b)| (a.of(*figure), b.of(*figure)))
+                    .collect(),
             });
         }
         Ok(())
@@ -400,8 +420,8 @@ impl Bench<'_> {
         let seconds = self.settings.turn.as_secs_f64().to_string();
         let mut pairs = Vec::new();
         for _ in 0..self.settings.pairs {
-            let [_, a, _] = self.figures(us, 16, mib).await?;
-            let [_, b, _] = self.figures(floor, 16, mib).await?;
+            let a = self.figures(us, 16, mib).await?.cpu_us_per_mib;
+            let b = self.figures(floor, 16, mib).await?.cpu_us_per_mib;
             let arguments = ["pread", crate::peers::path(&file), "1048576", &seconds];
             let pread = number(
                 &floor_json(self.parts, SERVER_CORE, &arguments)?,
@@ -714,8 +734,8 @@ impl Bench<'_> {
     ) -> Result<Vec<(f64, f64)>> {
         let mut pairs = Vec::new();
         for _ in 0..self.settings.pairs {
-            let a = self.figures(a, a_connections, a_pattern).await?[0];
-            let b = self.figures(b, b_connections, b_pattern).await?[0];
+            let a = self.figures(a, a_connections, a_pattern).await?.per_second;
+            let b = self.figures(b, b_connections, b_pattern).await?.per_second;
             pairs.push((a, b));
         }
         Ok(pairs)
