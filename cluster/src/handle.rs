@@ -20,7 +20,7 @@ use crate::raft::Node;
 use crate::replica::Replica;
 use crate::ring::Ring;
 use crate::slice::HashKey;
-use crate::state::{PURGE_ITEMS_MAX, RecentPurge, Refusal};
+use crate::state::{COMMAND_ITEMS_MAX, RecentPurge, Refusal};
 use crate::wire::{Answer, Ask};
 use crate::{Epoch, IS_CHECKED, NodeId, PurgeIndex};
 
@@ -366,7 +366,7 @@ impl Cluster {
         token: u128,
         wait: PurgeWait,
     ) -> Result<PurgeReceipt, PurgeError> {
-        if items.is_empty() || items.len() > PURGE_ITEMS_MAX {
+        if items.is_empty() || items.len() > COMMAND_ITEMS_MAX {
             return Err(PurgeError::Invalid(Refusal::ItemCount.to_string()));
         }
         match &self.inner.life {

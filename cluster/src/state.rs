@@ -17,7 +17,7 @@ use crate::slice::HashKey;
 use crate::{NodeId, PurgeIndex};
 
 /// Things that one purge command may name; a frame of them stays below 256 KiB.
-pub const PURGE_ITEMS_MAX: usize = 10_000;
+pub const COMMAND_ITEMS_MAX: usize = 10_000;
 /// Members at most: the lists that every node walks stay short.
 pub const MEMBERS_MAX: usize = 1024;
 /// Longest address of a member, bytes: a DNS name and a port.
@@ -90,8 +90,8 @@ pub enum Refusal {
     /// The cluster has its hash key and its lease.
     #[error("the cluster is already founded")]
     AlreadyFounded,
-    /// No items, or more than [`PURGE_ITEMS_MAX`].
-    #[error("a purge names 1 to {PURGE_ITEMS_MAX} things")]
+    /// No items, or more than [`COMMAND_ITEMS_MAX`].
+    #[error("a purge names 1 to {COMMAND_ITEMS_MAX} things")]
     ItemCount,
     /// The number belongs to another machine.
     #[error("this node id belongs to another machine")]
@@ -332,7 +332,7 @@ impl ClusterState {
         token: u128,
     ) -> Result<Outcome, Refusal> {
         let first = *items.first().ok_or(Refusal::ItemCount)?;
-        if items.len() > PURGE_ITEMS_MAX {
+        if items.len() > COMMAND_ITEMS_MAX {
             return Err(Refusal::ItemCount);
         }
         if let Some(earlier) = self.purge_of(token, items) {
@@ -484,7 +484,7 @@ mod tests {
                 scope: Scope::All,
                 mode: PurgeMode::Hard
             };
-            PURGE_ITEMS_MAX + 1
+            COMMAND_ITEMS_MAX + 1
         ];
         let nameless = Member {
             advertise: String::new(),
@@ -694,7 +694,7 @@ mod tests {
     fn a_fold_is_the_same_everywhere() {
         let batch = |index: u64| {
             let scope = |n| Scope::url(&KEY, "h", &format!("/{index}/{n}"));
-            let items = (0..PURGE_ITEMS_MAX).map(|n| PurgeItem {
+            let items = (0..COMMAND_ITEMS_MAX).map(|n| PurgeItem {
                 scope: scope(n),
                 mode: if n % 2 == 0 {
                     PurgeMode::Plain
@@ -707,7 +707,7 @@ mod tests {
                 token: u128::from(index),
             }
         };
-        let (first, last) = (5, 5 + (ENTRIES_MAX / PURGE_ITEMS_MAX) as u64);
+        let (first, last) = (5, 5 + (ENTRIES_MAX / COMMAND_ITEMS_MAX) as u64);
         let mut there = founded();
         let (mut restarted, mut behind) = (founded(), founded());
         for index in first..=last {
