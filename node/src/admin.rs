@@ -6,7 +6,7 @@
 //! | | `/metrics`, `/metrics/cluster` | this node's metrics, all nodes' ([`crate::metrics`]) |
 //! | | `/health` | 200 while the process serves |
 //! | | `/ready` | 200 once it may answer from its cache, else 503 and why |
-//! | admin | `/v1/...` | the JSON API ([`api`]), for who has the token |
+//! | admin | `/v1/...` | the JSON API ([`api`]), for whoever has the token |
 //!
 //! Both refuse what they don't know (404, 405), read a bounded head and body in
 //! bounded time, and serve a bounded number of requests at once. The metrics
@@ -197,7 +197,7 @@ impl Admin {
         merge::merge((me, &self.metrics_text()), &others)
     }
 
-    /// Why this node had better not be sent clients; `None` when it may serve.
+    /// Why this node should not be sent clients; `None` when it may serve.
     fn unready(&self) -> Option<&'static str> {
         if self.cluster.view().hash_key.is_none() {
             Some("the cluster has not formed, or this node has not joined it yet")

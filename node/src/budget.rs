@@ -30,11 +30,11 @@ pub const FIXED_BYTES: u64 = 64 << 20;
 pub const CONNECTION_BYTES: u64 = 160 << 10;
 /// A stream of HTTP/2: the same, and what its send buffer takes (400 KiB).
 pub const STREAM_BYTES: u64 = CONNECTION_BYTES + (400 << 10);
-/// A transfer beside its slice: the buffers of its connection to the origin.
+/// A transfer besides its slice: the buffers of its connection to the origin.
 pub const TRANSFER_BYTES: u64 = 128 << 10;
 /// How long a transfer, or a connection, waits for its share.
 pub const WAIT_MAX: Duration = Duration::from_secs(30);
-/// Connections that wait for their share at once: more are refused at once.
+/// Connections that may wait for their share at a time: more are refused immediately.
 const WAITING_MAX: usize = 64;
 /// Connections that a node must have room for, and as many slices under way.
 const SHARES_MIN: u64 = 16;
@@ -81,7 +81,7 @@ impl Sum {
     }
 }
 
-/// The right to hold so many bytes, until every clone is dropped.
+/// Permission to hold memory; released with the last clone.
 #[derive(Clone, Debug)]
 pub struct Permit {
     _permit: Arc<OwnedSemaphorePermit>,
@@ -129,8 +129,8 @@ impl Budget {
         take(&self.connections, bytes, self.sum.connections).await
     }
 
-    /// A transfer that somebody waits for, of so many bytes and its
-    /// connection's; `None` when there was no room in time.
+    /// A transfer that somebody waits for: this many bytes, and its connection's;
+    /// `None` when there was no room in time.
     pub async fn transfer(&self, bytes: u64) -> Option<Permit> {
         let bytes = bytes + TRANSFER_BYTES;
         if let Ok(permit) = try_take(&self.transfers, bytes, self.sum.transfers) {
@@ -140,7 +140,7 @@ impl Budget {
         take(&self.transfers, bytes, self.sum.transfers).await
     }
 
-    /// Waits until transfers have waited for so long, without a pause.
+    /// Waits until transfers have been waiting for this long, without a pause.
     pub async fn until_short_for(&self, time: Duration) {
         let mut short = self.short.subscribe();
         // The budget is held, so its sender is there.
@@ -281,7 +281,7 @@ mod tests {
         assert!(waiting.await.unwrap().is_some());
         drop(second);
         assert_eq!(budget.taken().1, 0);
-        // Larger than everything: takes everything, and does not wait for ever.
+        // Larger than everything: takes everything, and does not wait forever.
         let all = budget.transfer(u64::MAX / 2).await.unwrap();
         assert_eq!(budget.taken().1, budget.sum().transfers);
         drop(all);

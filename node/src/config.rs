@@ -125,7 +125,7 @@ pub struct ClientTimeouts {
     pub write: Duration,
     /// A client slower than this, bytes per second, is let go; 0: never.
     pub bytes_per_second_min: u64,
-    /// How long it may be slower: only time counts in which it is waited for.
+    /// How long it may be slower; only time spent waiting for it counts.
     pub slow: Duration,
     /// For one answer; `None`: as long as it takes.
     pub total: Option<Duration>,
@@ -212,8 +212,8 @@ impl Config {
         keys.into_iter().map(|(key, _)| key).collect()
     }
 
-    /// Checks YAML text; relative paths start at `base_dir`. Does not look
-    /// whether the files exist that it names.
+    /// Checks YAML text; relative paths start at `base_dir`. Does not check
+    /// whether the files that it names exist.
     ///
     /// # Errors
     /// Every problem of the text.
@@ -222,7 +222,7 @@ impl Config {
         Config::build(Some(text), base_dir, Source::default(), &env)
     }
 
-    /// A last check, for a start only: an own address as origin. A file without
+    /// A last check, for a start only: this node's own address as origin. A file without
     /// `listen` may be meant for `--port`, so loading it only warns.
     ///
     /// # Errors
@@ -438,7 +438,7 @@ pub enum SetCookie {
 pub struct QueryRules {
     /// Parameters that are left out.
     pub ignore: Vec<String>,
-    /// Whether their order is made one.
+    /// Whether they are sorted, so that their order does not count.
     pub sort: bool,
 }
 

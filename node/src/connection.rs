@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Pingora's own timeouts hold for one read each, so a client that sends a byte
-//! now and then would keep its connection for ever. Here one deadline holds for
+//! now and then would keep its connection forever. Here one deadline holds for
 //! the whole head. Each connection, and each stream of HTTP/2, has its share of
 //! the memory budget while it waits for a request or is answered; without one it
 //! is closed. Not here: a body's pace (`pace`), HTTP/2 connections that are idle
@@ -46,7 +46,7 @@ use crate::stream::{ClientStream, with_dates};
 /// How a connection of HTTP/2 begins (RFC 9113 section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How long the end waits for the first head of a connection.
+/// At shutdown, how long a new connection may take to send its first head.
 const FRESH_FOR: Duration = Duration::from_secs(1);
 
 tokio::task_local! {
@@ -129,7 +129,7 @@ impl Clients {
         let mut stream = Box::new(ClientStream::new(stream));
         let mut closing = std::pin::pin!(self.closing.cancelled());
         let mut timer = std::pin::pin!(sleep(self.timeouts.header));
-        // Who was let in is answered, though the listener is closed since.
+        // Accepted connections are answered even after the listener closes.
         let mut fresh = Some(self.front.under_way());
         let mut settings: Option<HttpPersistentSettings> = None;
         loop {
@@ -224,14 +224,14 @@ impl Clients {
     }
 }
 
-/// Waits until so long after the end has begun.
+/// Waits until this long after shutdown has begun.
 async fn closed_for(closing: &CancellationToken, time: Duration) {
     closing.cancelled().await;
     sleep(time).await;
 }
 
-/// Waits until a time. The timer is not set anew for each request, but when it
-/// goes off, or where it would be too late.
+/// Waits until a time. The timer is not reset for each request, but when it goes
+/// off, or where it would be too late.
 async fn passed(mut timer: Pin<&mut Sleep>, at: Instant) {
     if timer.deadline() > at {
         timer.as_mut().reset(at);

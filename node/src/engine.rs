@@ -87,8 +87,7 @@ pub struct Request {
     pub sliced: bool,
 }
 
-/// What a fill sends to the origin: put together when something has to be
-/// fetched, which a hit has not.
+/// What a fill sends to the origin; built lazily: hits never need it.
 #[derive(Clone, Debug)]
 pub struct Sent(Arc<LazyLock<OriginRequest, MakeSent>>);
 
@@ -196,7 +195,7 @@ impl Failure {
 pub struct Found {
     /// The manifest.
     pub object: Arc<Stored>,
-    /// How it was come by.
+    /// How it was obtained.
     pub resolution: Resolution,
     /// The request waited on another's fill.
     pub collapsed: bool,
@@ -279,7 +278,7 @@ pub enum RelayBody {
     Origin(Box<OriginBody>),
     /// Through the manifest's owner.
     Peer(Body),
-    /// It came in one piece, and was kept besides.
+    /// It came in one piece, and was kept as well.
     Bytes(Bytes),
 }
 
@@ -641,8 +640,8 @@ impl Engine {
         }
     }
 
-    /// Who owned slice `place` before the last change of the ring, where this
-    /// node owns it now: asked for the bytes it has stored, which waits for
+    /// The node that owned slice `place` before the last change of the ring, where
+    /// this one owns it now: asked for the bytes it has stored, which waits for
     /// nobody. Not for manifests: what it knows may have been overtaken here.
     fn owner_before(&self, key: ObjectKey, place: u32) -> Option<NodeId> {
         let view = self.inner.cluster.view();
@@ -779,7 +778,7 @@ impl Engine {
         if let Some(Kept::Manifest(known)) = self.inner.l1.record(at)
             && known.manifest.stamp > manifest.stamp
         {
-            // An answer that was long under way replaces none that is newer.
+            // An answer that was long under way does not replace a newer one.
             return Arc::new(Stored::new(manifest));
         }
         let on_disk = self.inner.l2.as_ref().filter(|_| self.is_keeper(key, 0));
@@ -809,7 +808,7 @@ impl Engine {
         object
     }
 
-    /// Keeps a manifest, and returns it as who asked for it may have it.
+    /// Keeps a manifest, and returns it as its asker may have it.
     fn keep_for_asker(&self, key: ObjectKey, manifest: Manifest) -> Arc<Stored> {
         match self.for_all(&manifest) {
             None => self.keep(key, manifest),
@@ -843,7 +842,7 @@ impl Engine {
         (object.manifest.generation == fill.slice.generation).then(|| object.manifest.clone())
     }
 
-    /// Whether no other version has come in the place of this one.
+    /// Whether no other version has replaced this one.
     async fn is_current(&self, fill: &Fill) -> bool {
         let url = fill.url();
         let known = self.lookup(fill.key, &url, || &fill.request.headers).await;
@@ -880,7 +879,7 @@ impl Engine {
         }
     }
 
-    /// What the first of the manifest's owners that is of use answers.
+    /// The answer of the first of the manifest's owners that is of use.
     async fn ask_owners(
         &self,
         request: &Request,
@@ -1196,10 +1195,10 @@ impl Engine {
     }
 }
 
-/// Whether a slice on disk is read whole, and kept in memory, where some of its
-/// bytes are wanted: as often as that, over many requests, adds a quarter to what
-/// is read from disk. So what is wanted again and again comes into memory, and what
-/// is wanted at random costs its own bytes. `chance` is of 0 to 1.
+/// Whether to read a slice on disk whole, and keep it in memory, when only some of
+/// its bytes are wanted: so often that, over many requests, it adds a quarter to
+/// what is read from disk. What is wanted again and again thus comes into memory,
+/// and what is wanted at random costs its own bytes. `chance` is from 0 to 1.
 fn is_worth_reading_whole(wanted: u32, slice_bytes: u32, chance: f64) -> bool {
     const READ_IN_PARTS: f64 = 4.0;
     wanted >= slice_bytes || chance * READ_IN_PARTS * f64::from(slice_bytes) < f64::from(wanted)

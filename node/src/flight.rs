@@ -1,7 +1,7 @@
 //! One fill per slice, however many readers; they get its bytes as they land.
 //!
 //! A flight belongs to nobody: whoever started it may leave, the fill goes on
-//! and the slice is kept. Readers wait for news, never in polls. Every part has
+//! and the slice is kept. Readers wait for news and never poll. Every part has
 //! the checksum that was taken when it landed, and is checked when it is given
 //! to a reader. A flight holds a permit of the memory budget for as long as it
 //! holds bytes. Not here: where the bytes come from (`engine`).
@@ -21,10 +21,10 @@ use tokio::sync::watch;
 use crate::budget::{Budget, Permit};
 use crate::slice::{PAGE_BYTES, Slice, SliceParts, Sums};
 
-/// Parts smaller than this are joined: a part costs some 100 bytes beside its own.
+/// Parts smaller than this are joined: a part costs some 100 bytes besides its own.
 const JOINED_BYTES_MAX: usize = 4096;
-/// Readers are told of so many bytes at the latest, while more are there already:
-/// each time costs a change of threads, and a write to the client.
+/// Wake readers at least this often while more bytes are available: each time
+/// costs a thread switch, and a write to the client.
 const TOLD_BYTES_MAX: u32 = LARGE_BYTES as u32 / 2;
 
 /// Why a slice could not be had.
@@ -41,7 +41,7 @@ pub enum FillError {
         /// For the log.
         reason: String,
     },
-    /// The memory budget is spent, and stayed so: others may have it elsewhere.
+    /// The memory budget is spent, and stayed so: another node may have room.
     #[error("no memory for it came free in time")]
     NoMemory,
     /// Bytes changed after they had landed: have them from another source.
@@ -60,7 +60,7 @@ impl FillError {
     }
 }
 
-/// Where a slice was had from, for the counters.
+/// Where a slice came from, for the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// This node's memory.
@@ -479,7 +479,7 @@ pub enum Form {
     Copies,
     /// At most a page at a time.
     Pages,
-    /// [`LARGE_BYTES`] at a time, where so many are there.
+    /// [`LARGE_BYTES`] at a time, where that many are there.
     Large,
 }
 
@@ -502,7 +502,7 @@ pub enum SliceReader {
     Copied {
         /// The first of the bytes wanted.
         bytes: Bytes,
-        /// What follows is to be opened anew.
+        /// What follows is to be opened again.
         more: bool,
     },
     /// It is landing.
@@ -581,7 +581,7 @@ impl SliceReader {
         }
     }
 
-    /// Whether what follows is to be opened anew.
+    /// Whether what follows is to be opened again.
     pub fn has_more(&self) -> bool {
         matches!(self, SliceReader::Copied { more: true, .. })
     }

@@ -6,8 +6,9 @@
 //! - A malformed freshness value (`max-age=soon`, `max-age = 5`, `Expires: 0`)
 //!   means stale, not absent; a malformed Age is ignored.
 //! - Of a directive given twice the first counts.
-//! - `private="field"` and `no-cache="field"` keep those fields from all but who
-//!   asked for the response ([`withheld`]); a list that is none is the bare directive.
+//! - `private="field"` and `no-cache="field"` keep those fields from all but
+//!   whoever asked for the response ([`withheld`]); a list that is none is the bare
+//!   directive.
 //! - A response with `Set-Cookie` is stored only if it says `public` or
 //!   `s-maxage`, or has a targeted field: a cookie is rarely meant for everybody
 //!   (`caching.set_cookie`).
@@ -416,7 +417,7 @@ fn names(rules: &Directives, field: &HeaderName) -> bool {
         .any(|named| named.contains(field))
 }
 
-/// The fields that a response has for who asked for it and nobody else:
+/// The fields that a response has for whoever asked for it and nobody else:
 /// `private="field"` and `no-cache="field"` (RFC 9111 sections 5.2.2.4 and
 /// 5.2.2.7). Those of `no-cache` could be had by validation; they are left out
 /// of what is stored, as the same section allows.

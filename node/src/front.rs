@@ -47,11 +47,11 @@ use crate::stream;
 const NAME: &str = "pingora-slice";
 /// What `Via` says of us (RFC 9110 section 7.6.3).
 const VIA: &str = "1.1 pingora-slice";
-/// What this cache itself does, for who asks it and not the origin.
+/// What this cache itself does, for whoever asks it and not the origin.
 const ALLOWED: &str = "GET, HEAD, OPTIONS, PURGE";
-/// A client that has taken nothing for so long keeps nothing waiting for it.
+/// A client that has taken nothing for this long keeps nothing waiting for it.
 const STALLED_AFTER: Duration = Duration::from_secs(1);
-/// Times a request is planned anew because the origin changed under it.
+/// Times a request is planned at most, should the origin change under it.
 const PLANS_MAX: usize = 3;
 /// Request fields that are not sent on: they belong to the client's
 /// connection, or are replaced by ours.
@@ -74,7 +74,7 @@ const NOT_SENT_ON: &[&str] = &[
     "expect",
     "x-purge-token",
 ];
-/// How the names of fields begin that could choose an answer without being part
+/// Prefixes of the names of fields that could choose an answer without being part
 /// of its key. `-` stands for `_` too: some servers take one for the other.
 const MAY_CHOOSE: &[&str] = &[
     "base-url",
@@ -313,7 +313,7 @@ impl Front {
                         },
                     };
                     match answered {
-                        // The header is out: what the client has is not to be had any more.
+                        // The header is out: what the client has cannot be had any more.
                         None if has_begun(session) => {
                             tracing::info!(url = %request.url, "answer cut by a hard purge");
                             return Error::e_explain(ErrorType::ConnectionClosed, "purged");
@@ -719,7 +719,7 @@ impl Front {
     }
 }
 
-/// Waits while a client takes so many bytes, as slowly as it may; `stalled` is
+/// Waits for the client to take `length` bytes within its allowed pace; `stalled` is
 /// called again and again while it takes none. `None`: it is too slow.
 async fn patiently<T>(
     pace: &mut Pace,
@@ -753,7 +753,7 @@ fn has_begun(session: &Session) -> bool {
     written.is_some_and(|head| !head.status.is_informational())
 }
 
-/// Waits for a deadline, for ever if there is none.
+/// Waits for a deadline, forever if there is none.
 async fn until_total(deadline: Option<tokio::time::Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
@@ -857,7 +857,7 @@ fn cache_status(found: &Found, now_ms: u64, fenced: bool, show_key: bool) -> Str
                 _ => fwd,
             };
             let detail = if fenced { "fenced" } else { "revalidated" };
-            // A 304 may forbid to keep what it confirms.
+            // A 304 may forbid keeping what it confirms.
             let stored = match freshness.no_cache && freshness.lifetime == 0 {
                 true => "",
                 false => "; stored",

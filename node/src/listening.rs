@@ -8,7 +8,7 @@ use pingora_core::server::{ListenFds, ShutdownWatch};
 use pingora_core::services::listening::Service;
 use pingora_core::services::{self, ServiceReadyNotifier, ServiceWithDependents};
 
-/// How often is looked whether the addresses are bound.
+/// How often to check whether the addresses are bound.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// A service that counts as ready once it listens at all its addresses.

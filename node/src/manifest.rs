@@ -73,7 +73,7 @@ pub struct Manifest {
     /// Request fields that select this variant, with their normalised values.
     pub variant: Vec<(String, String)>,
     /// The bytes that are held, where the origin chose which to give: what a
-    /// request wants beyond them is asked for anew, never put together.
+    /// request wants beyond them is asked for again, never put together.
     pub part: Option<(u64, u64)>,
     /// Freshness.
     pub freshness: Freshness,
@@ -175,7 +175,7 @@ impl Stored {
         }
     }
 
-    /// The manifest's fields as a map. Made anew: kept, it would take as much
+    /// The manifest's fields as a map. Made each time: kept, it would take as much
     /// memory as a small object.
     pub fn fields(&self) -> HeaderMap {
         to_map(&self.manifest.headers)

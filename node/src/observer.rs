@@ -1,4 +1,4 @@
-//! Looks whether the promise of PURGE holds, in production: after a purge was
+//! Checks in production whether the promise of PURGE holds: after a purge was
 //! answered, the node that answered it asks every other that is up what it
 //! would do now with a request for it. Nobody should ever be found who would
 //! answer with older bytes; `stale_after_ack_total` counts, an alert watches it.
@@ -73,7 +73,7 @@ impl Observer {
             pace.tick().await;
             let seen = self.cluster.observe(purge.item, purge.url.clone()).await;
             for (node, observation) in seen {
-                // Who does not answer was cut off meanwhile.
+                // Whoever does not answer was cut off meanwhile.
                 if let Some(observation) = observation {
                     self.judge(node, &purge, &observation);
                 }

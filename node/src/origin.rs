@@ -69,8 +69,8 @@ pub struct Wanted {
     pub head: bool,
     /// Bytes to ask for.
     pub range: Option<Range<u64>>,
-    /// A range whose end is not known yet, in the words of a Range field; in
-    /// the place of `range`.
+    /// A range whose end is not known yet, in the words of a Range field;
+    /// instead of `range`.
     pub open_range: Option<String>,
     /// Conditions and the like, replacing what the request says.
     pub fields: Vec<(HeaderName, String)>,

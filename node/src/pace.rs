@@ -1,6 +1,6 @@
 //! How slowly a client may take its answer.
 //!
-//! Only time counts in which the client is waited for: a slow origin is not the
+//! Only time spent waiting for the client counts: a slow origin is not the
 //! client's fault. What the kernel's send buffer takes counts as taken; it is
 //! the client's own window that empties it. Pure: time is an argument.
 
@@ -27,7 +27,7 @@ impl Pace {
         }
     }
 
-    /// How long the client may take for its next so many bytes.
+    /// How long the client may take for its next `bytes` bytes.
     pub fn patience(&self, bytes: u64) -> Duration {
         let ClientTimeouts { write, slow, .. } = self.timeouts;
         match self.timeouts.bytes_per_second_min {
@@ -40,7 +40,7 @@ impl Pace {
         }
     }
 
-    /// Notes that it has taken so many bytes, and was waited for that long.
+    /// Notes that it has taken `bytes` bytes, and was waited for this long.
     pub fn took(&mut self, bytes: u64, time: Duration) {
         let ClientTimeouts { slow, .. } = self.timeouts;
         self.waited += time;

@@ -2,7 +2,7 @@
 //!
 //! The client pulls: nothing is opened beyond the window, and the window is as
 //! wide as the memory budget allows. While the client does not take what it has
-//! been given, all that is open is let go ([`Pieces::let_go`]) and opened anew
+//! been given, all that is open is let go ([`Pieces::let_go`]) and opened again
 //! afterwards: from memory, disk, a peer or the origin. Not here: how the
 //! pieces reach the client (`front`), where a slice's bytes come from (`engine`).
 
@@ -20,8 +20,8 @@ use crate::engine::{Engine, Found, Request};
 use crate::flight::{FillError, Form, LARGE_BYTES, SliceReader, Source};
 use crate::metrics::Metrics;
 
-/// Flights that may fail a reader before its own does, or be found damaged: a
-/// fill, the fetch that followed it and is about to fail with it, and one more.
+/// Failed shared flights tolerated per slice, or damaged ones: a fill, the fetch
+/// that followed it and is about to fail with it, and one more.
 const JOINS_MAX: usize = 3;
 
 /// A piece of a body.
@@ -214,7 +214,7 @@ impl<'a> Pieces<'a> {
                 let next = self.step(metrics).now_or_never();
                 match next {
                     Some(Some(Ok(piece))) => run.push(piece),
-                    // Given first is what came before it.
+                    // What came before it is given first.
                     Some(end) => {
                         self.opened.clear();
                         self.end = Some(end.and_then(Result::err));

@@ -15,7 +15,7 @@ use crate::freshness::{has_strong_date, http_date};
 use crate::manifest::{Manifest, to_map};
 
 /// Ranges answered in one multipart response at most; a longer list is
-/// answered with the whole object (RFC 9110 section 14.2 allows to ignore it).
+/// answered with the whole object (RFC 9110 section 14.2 allows ignoring it).
 const RANGES_MAX: usize = 16;
 
 /// One byte-range-spec of RFC 9110 section 14.1.1, numbers clamped to `u64`.

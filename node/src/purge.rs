@@ -52,8 +52,8 @@ const REQUEST_ID_BYTES_MAX: usize = 64;
 const HOST_BYTES_MAX: usize = 253 + 6;
 /// Longest tag, bytes.
 const TAG_BYTES_MAX: usize = 1024;
-/// What the hash of a request's number is apart from; the cluster's own hashes
-/// count up from 1.
+/// Keeps the hash of a request's number apart from the cluster's own hashes, whose
+/// domains count up from 1.
 const DOMAIN_REQUEST: u8 = 200;
 
 /// What a `PURGE` is answered with.

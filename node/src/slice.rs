@@ -10,11 +10,11 @@ use pingora_slice_cluster::wire::Part;
 /// A checksum covers this many bytes of a slice (the last one fewer).
 pub const PAGE_BYTES: usize = 64 * 1024;
 
-/// What is read of a page can be checked in steps of so many bytes.
+/// Granularity at which part of a page is verified.
 const STEP_BYTES: usize = 4 * 1024;
 const STEPS: usize = PAGE_BYTES / STEP_BYTES;
 
-/// The same of what is read from disk, where a finer sum would cost the index
+/// The same for what is read from disk, where a finer sum would cost the index
 /// more: a 4096th of the bytes.
 pub const DISK_STEP_BYTES: usize = 16 * 1024;
 const _: () = assert!(

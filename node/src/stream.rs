@@ -97,7 +97,7 @@ impl ClientStream {
         .await
     }
 
-    /// The next so many bytes have been used.
+    /// The next `bytes` bytes have been used.
     pub(crate) fn used(&mut self, bytes: usize) {
         if bytes < self.ahead.len() {
             self.ahead.advance(bytes);
@@ -108,7 +108,7 @@ impl ClientStream {
         }
     }
 
-    /// The next so many bytes are a request for Pingora; 0: nobody knows how many.
+    /// The next `bytes` bytes are a request for Pingora; 0: nobody knows how many.
     pub(crate) fn give(&mut self, bytes: usize) {
         self.given = bytes;
     }

@@ -151,7 +151,7 @@ impl<'a> Section<'a> {
     }
 
     /// As [`Section::scalar`], for what must not be printed. Numbers are
-    /// refused: YAML would read `0x1f` or `1e3` as something else than it says.
+    /// refused: YAML would read `0x1f` or `1e3` as something other than it says.
     pub fn token(&mut self, name: &'static str) -> Option<String> {
         let value = self.take(name)?;
         let read = match &value {

@@ -190,7 +190,7 @@ pub(super) fn read_config(root: &mut Section, source: &Source) -> Config {
 }
 
 /// `memory_budget`, and what it is divided into. Default: room for 1,600
-/// clients, more beside a large L1, and as much for what is under way.
+/// clients, more with a large L1, and as much for what is under way.
 fn read_memory(root: &mut Section, l1_bytes: u64, has_l2: bool, slice_bytes: u32) -> Sum {
     const SHARED_BYTES: u64 = 512 << 20;
     let queue = if has_l2 { QUEUE_BYTES_MAX } else { 0 };

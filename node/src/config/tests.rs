@@ -58,7 +58,7 @@ cluster:
   tls: {ca: ca.pem, cert: node1.pem, key: /keys/node1.key}
 ";
 
-/// A cluster section with one line put in, or put in the place of its like.
+/// A cluster section with one line added, or in place of the line with the same key.
 fn cluster_with(line: &str) -> String {
     let name = line.split(':').next().unwrap_or_default();
     let kept = CLUSTER

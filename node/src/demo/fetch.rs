@@ -52,9 +52,9 @@ pub struct Body {
 }
 
 enum Framing {
-    /// So many bytes are still to come.
+    /// This many bytes are still to come.
     Length(u64),
-    /// Inside a chunk: so many bytes of it are still to come.
+    /// Inside a chunk: this many bytes of it are still to come.
     Chunk(u64),
     /// Until the other side closes.
     Close,

@@ -27,7 +27,7 @@ const CONNECTIONS_MAX: usize = 512;
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// Bytes read and sent at once.
 const PIECE_BYTES: usize = 256 * 1024;
-/// How long caches may use an answer without asking again. Short of for ever,
+/// How long caches may use an answer without asking again. Short of forever,
 /// so that the difference between expired and purged can be seen.
 const CACHE_CONTROL: &str = "public, max-age=600";
 

@@ -262,8 +262,8 @@ impl Engine {
             Err(error) => Err(error),
         };
         flight.finish(result);
-        // The slice is kept before the flight is forgotten: nobody falls in
-        // between. What came from the origin was kept by the fill below ours.
+        // The slice is kept before the flight is forgotten: nobody misses
+        // both. What came from the origin was kept by the fill below ours.
         if flight.source() == Some(Source::Peer) {
             self.land(&fill, &flight);
         }
@@ -544,7 +544,7 @@ impl Engine {
             }
             false => flight.source() == Some(Source::Peer),
         };
-        // What is not given by ranges costs all of it to have again.
+        // Without ranges it takes the whole object to have it again.
         match is_elsewhere && !fill.version.whole {
             true => self.keep_if_worth(fill.slice, &fill.version, || slice.gather()),
             false => self.inner.l1.keep_slice(fill.slice, slice.gather()),

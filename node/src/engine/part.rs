@@ -4,7 +4,7 @@
 //!
 //! An origin answers in parts where it was asked for one (the end of an object
 //! whose length nobody knows yet, or the rest of a part that is held), and
-//! where it gives the client's range in the place of the slice it was asked for.
+//! where it gives the client's range instead of the slice it was asked for.
 //! A part passes through memory in one piece, so its size has a bound.
 
 use std::sync::Arc;
@@ -27,8 +27,8 @@ use crate::stitch::Fault;
 
 /// Longest part that is kept.
 const PART_BYTES_MAX: u64 = 8 * 1024 * 1024;
-/// Longest end of an unknown object that is asked for as such; a longer one is
-/// asked for by slices, like any range. As much as a slice of the usual size.
+/// Longest suffix of an unknown object that is asked for as a suffix; a longer one
+/// is fetched in slices, like any range. As much as a slice of the usual size.
 const SUFFIX_BYTES_MAX: u64 = 1024 * 1024;
 const _: () = assert!(SUFFIX_BYTES_MAX <= PART_BYTES_MAX);
 
@@ -251,7 +251,7 @@ impl Engine {
                 if let Some(rest) = rest {
                     return Act::Done(self.part(request, rest, Some(held), answer, flight).await);
                 }
-                // It cannot be told to be of the same bytes.
+                // Nothing shows that it is of the same bytes.
                 return Act::AskOtherwise;
             }
             None => return Act::AskOtherwise,
@@ -385,7 +385,7 @@ fn without_length(mut headers: HeaderMap) -> HeaderMap {
     headers
 }
 
-/// A body of so many bytes, in one piece.
+/// A body of `length` bytes, in one piece.
 async fn read(budget: &Budget, body: &mut OriginBody, length: u64) -> Result<Bytes, OriginError> {
     // While it grows, and is cut into slices.
     let Some(_permit) = budget.transfer(2 * length).await else {

@@ -40,8 +40,8 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 const BACK_OFF_MAX: Duration = Duration::from_secs(2);
 /// How long other nodes may take to hear that a version was replaced.
 const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
-/// Flights that one request joins in vain before it goes on its own: the
-/// first may tell that the object varies, the next is for the own variant.
+/// Flights that one request joins in vain before it goes alone: the first may
+/// tell that the object varies, the next is for its own variant.
 const JOINS_MAX: usize = 3;
 
 /// The pause before try number `attempt` (from 1), with equal jitter.
@@ -83,17 +83,17 @@ pub(super) struct Resolve {
     pub(super) stamp: PurgeIndex,
     pub(super) gone: Option<Generation>,
     outcome: watch::Sender<Option<Outcome>>,
-    /// The origin's answer where it may not be shared: for who started it.
+    /// The origin's answer where it may not be shared: for whoever started it.
     pub(super) relay: Mutex<Option<Relay>>,
-    /// What the origin said before its answer: for who started it.
+    /// What the origin said before its answer: for whoever started it.
     informational: Mutex<Informational>,
-    /// The owner had it from somebody else's request: for who started it.
+    /// The owner had it from somebody else's request: for whoever started it.
     collapsed: AtomicBool,
 }
 
 impl Resolve {
-    /// Whether the origin has something else than a version that other nodes
-    /// may still answer from, because it is fresh.
+    /// Whether the origin no longer has a version that other nodes may still
+    /// answer from, because it is fresh.
     fn replaces(&self, outcome: &Outcome, old: &Stored) -> bool {
         let old = &old.manifest;
         let other = match outcome {
@@ -165,7 +165,7 @@ struct Ending<'a> {
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
-        // Off the list first: who comes now must not get an answer from before.
+        // Off the list first: whoever comes now must not get an answer from before.
         if let Ok(mut map) = self.engine.inner.resolves.of(self.asked).lock()
             && let Some(listed) = map.get(&self.at)
             && Arc::ptr_eq(listed, self.flight)
@@ -203,7 +203,7 @@ impl Engine {
     /// Asks the manifest's owners, together with everybody on this node who asks
     /// them for the same now: however many clients wait for a cold object, they
     /// take one seat at its owner. `None`: no owner is of use, go on. Only with a
-    /// lease, as joining is.
+    /// lease, which joining needs.
     ///
     /// A request with demands of its own goes alone: the others need not wait
     /// for what it wants, and what is good enough for them need not be for it.
@@ -403,7 +403,7 @@ impl Engine {
         Some((flight, true))
     }
 
-    /// A client's demand has found out that a fresh version is no more what the
+    /// A client's demand has found out that a fresh version is no longer what the
     /// origin has. The nodes that hold it forget it before the client's answer,
     /// so that whoever asks next, anywhere, gets what this client got. One that
     /// does not hear of it in time goes on until its copy is stale or purged:
@@ -990,7 +990,7 @@ pub(super) struct Probe {
     /// Its bytes; `None` asks for the whole.
     range: Option<std::ops::Range<u64>>,
     slice_bytes: u32,
-    /// Asked for in the place of `range`, once.
+    /// Asked for instead of `range`, once.
     pub(super) open: Option<OpenRange>,
     /// Answers that were not what was asked for.
     lies: u32,
@@ -1137,7 +1137,7 @@ fn is_bare_failure(answer: &OriginAnswer) -> bool {
         && !MEANT.iter().any(|name| answer.headers.contains_key(*name))
 }
 
-/// Whether a 304 names another version than the one that is held, so that it
+/// Whether a 304 names a version other than the one that is held, so that it
 /// confirms nothing (RFC 9111 section 4.3.4): from an origin that looks at the
 /// date alone, or takes an older one for no change, or that has begun to give
 /// tags. Origins that encode make a tag weak and confirm it as the strong one.
@@ -1154,8 +1154,8 @@ fn is_of_another(held: &Version, answer: &OriginAnswer) -> bool {
     }
 }
 
-/// RFC 9111 section 3.2: the 304's fields replace the stored ones, but for
-/// those that describe the stored bytes.
+/// RFC 9111 section 3.2: the 304's fields replace the stored ones, except those
+/// that describe the stored bytes.
 pub(super) fn update(stored: &mut HeaderMap, fresh: &HeaderMap) {
     const KEPT: [&str; 3] = ["content-encoding", "content-range", "content-length"];
     for name in fresh.keys() {

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use pingora_slice_cluster::Generation;
 use pingora_slice_cluster::wire::Version;
 
-/// Versions remembered; so many have such an origin at once in no cluster.
+/// Versions remembered: no cluster has this many with such an origin at once.
 const VERSIONS_MAX: usize = 1024;
 
 /// What all fills of a version heard of its entity tag.
 enum Heard {
-    /// Another one, for the first time at this time.
+    /// Another one, first heard at this time.
     Other(Instant),
     /// That tags say nothing.
     Nothing,
@@ -51,7 +51,7 @@ impl OtherTags {
         }
     }
 
-    /// Answers in turn had tags that were never the same.
+    /// Successive answers had tags that were never the same.
     pub(super) fn heard_many(&mut self, version: Generation) {
         self.make_room();
         self.versions.insert(version, Heard::Nothing);
@@ -64,8 +64,8 @@ impl OtherTags {
     }
 }
 
-/// The entity tags of the answers to one question after the other, where the
-/// first differed from the version held before in its tag alone.
+/// The entity tags of successive answers to one question, where the first
+/// differed from the version held before in its tag alone.
 #[derive(Default)]
 pub(super) struct NewTags {
     seen: Vec<String>,
@@ -90,7 +90,7 @@ impl NewTags {
     }
 }
 
-/// A version that was replaced so soon after the origin last vouched for it
+/// A version that was replaced this soon after the origin last vouched for it
 /// may not have been a version.
 const AT_ONCE: Duration = Duration::from_secs(60);
 

@@ -2,7 +2,7 @@
 //!
 //! Hits come by the thousand while an origin takes its time: one of them sees to
 //! it, the others have nothing to do with it. Not here: how that is done
-//! (`Engine::resolve_for`), and that requests to the origin are joined anyhow.
+//! (`Engine::resolve_for`), and that requests to the origin are joined anyway.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

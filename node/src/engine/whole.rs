@@ -30,7 +30,7 @@ const AHEAD: u32 = 8;
 /// The same while memory is short.
 const AHEAD_WHEN_TIGHT: u32 = 1;
 /// How long memory may be waited for while slices are held that can be had
-/// again, and such that cannot but are not read.
+/// again, and while some are that cannot but are not read.
 const SHORT_FOR: Duration = Duration::from_secs(1);
 const SHORT_AND_UNREAD_FOR: Duration = Duration::from_secs(5);
 /// How long a body waits for a reader; then it is read on for the cache.
@@ -176,7 +176,7 @@ impl Engine {
             self.cut(fill.at(0), manifest, whole, supply, first).await;
         } else if !accepted && !is_held(fill) {
             // That body has passed the slice: another one, for all who come now.
-            let whole = self.inner.wholes.begin_anew(fill.slice.generation);
+            let whole = self.inner.wholes.begin_another(fill.slice.generation);
             whole.hand_over(flight);
             let first = self.take(fill, &whole, 0, false);
             let manifest = self.manifest_of(fill).await;
@@ -201,7 +201,7 @@ impl Engine {
             None if index > 0 && self.inner.l1.slice(&id).is_some() => None,
             None => {
                 // Nobody waits for a slice that the body only passes: it is not
-                // worth waiting for memory, unless it cannot be had again. Who is
+                // worth waiting for memory, unless it cannot be had again. Whoever is
                 // still looking for it elsewhere waits too.
                 let unwanted = is_unread || index < *whole.wanted.borrow();
                 let listed = self.inner.fills.get(&id);
@@ -585,7 +585,7 @@ fn is_held(fill: &Fill) -> bool {
     !is_pinned(&fill.version)
 }
 
-/// Ends a body whose cutting panics, and lets those go who wait for it.
+/// Ends a body whose cutting panics, and lets go of those who wait for it.
 struct CutGuard<'a> {
     engine: &'a Engine,
     generation: Generation,
@@ -602,7 +602,7 @@ impl Drop for CutGuard<'_> {
     }
 }
 
-/// What a body goes on with its next slice for.
+/// Why a body continues to its next slice.
 #[derive(Debug, PartialEq, Eq)]
 enum GoOn {
     /// It is near its foremost reader.
@@ -653,9 +653,9 @@ impl Wholes {
         (whole, true)
     }
 
-    /// A body in the place of one that has passed what is wanted; that one goes
-    /// on for who waits for it.
-    fn begin_anew(&self, generation: Generation) -> Arc<Whole> {
+    /// A body in place of one that has passed what is wanted; that one goes on
+    /// for whoever waits for it.
+    fn begin_another(&self, generation: Generation) -> Arc<Whole> {
         let mut map = self.map.lock().expect("no panic while held");
         let whole = Arc::<Whole>::default();
         if let Some(before) = map.insert(generation, whole.clone()) {
@@ -828,7 +828,7 @@ mod tests {
         assert_eq!(cutting.await.unwrap().0, 30 + AHEAD + 1);
     }
 
-    /// Two that land in one flight would put their bytes one behind the other.
+    /// Two that land in one flight would put their bytes one after the other.
     #[test]
     fn what_waits_for_a_body_is_filled_by_nobody_else() {
         let flight = |index| {
@@ -852,7 +852,7 @@ mod tests {
         let id = |index| SliceId { generation, index };
         let flight = Flight::new(id(20), 0..1);
         assert!(before.hand_over(&flight));
-        let after = wholes.begin_anew(generation);
+        let after = wholes.begin_another(generation);
         // It still has somebody to bring that slice to, and then it has not.
         let next = before.until_wanted(20, AHEAD, 0, false).await;
         assert_eq!(next, Ok(GoOn::ForReaders));

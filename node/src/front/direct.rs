@@ -42,8 +42,8 @@ use crate::plan::{self, Plan};
 use crate::slice::PAGE_BYTES;
 use crate::stream::DATE_BYTES;
 
-/// A body of so many bytes is taken from where it lies; while the client takes
-/// nothing it is a copy, of the connection's own share.
+/// Bodies up to this size are served in place; if the client stalls, the rest is
+/// copied, as part of the connection's own share.
 const SMALL_BYTES: u64 = PAGE_BYTES as u64;
 /// Room for a usual head.
 const HEAD_BYTES: usize = 1024;
@@ -73,7 +73,7 @@ enum Given {
     Yes,
     /// Nothing was written: this is the long way's.
     No,
-    /// Nor is it to be had any more.
+    /// Nor can it be had any more.
     Gone,
 }
 
@@ -375,7 +375,7 @@ async fn write(stream: &mut Stream, bytes: &mut impl Buf) -> io::Result<()> {
     stream.flush().await
 }
 
-/// Writes so many bytes, and what more the socket takes with them: that many more.
+/// Writes at least `least` bytes; returns how many more the socket took.
 async fn write_at_least(
     stream: &mut Stream,
     bytes: &mut impl Buf,

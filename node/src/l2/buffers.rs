@@ -2,8 +2,8 @@
 //!
 //! What may only be read without waiting is read into memory that has been
 //! written before, so each new buffer would be zeroed first; and a large one that
-//! is given back to the allocator comes anew from the kernel, page by page. Kept
-//! are whole steps of slices: the usual reads.
+//! is given back to the allocator comes from the kernel again, page by page.
+//! Whole steps of slices are kept: the usual reads.
 
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 

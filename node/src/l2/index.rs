@@ -44,7 +44,7 @@ const MEMTABLES_MAX: u64 = 4;
 const EPOCHS_IN_SHARE: u64 = 7;
 /// Rows carried over between two jobs of the writer.
 const CARRY_ROWS: usize = 128;
-/// Bytes a row costs beside key and value, in journal and table.
+/// Bytes a row costs besides key and value, in journal and table.
 const ROW_OVERHEAD_BYTES: u64 = 40;
 
 /// Key of the row in `regions` that makes an epoch complete: the size of a region.
@@ -377,9 +377,9 @@ impl IndexWriter {
     }
 
     /// After a failure: makes an epoch that takes writes. Those there are stay
-    /// readable, but one that was made here and failed soon is replaced, so that a disk that
-    /// fails again and again does not push out everything.
-    pub fn mend(&mut self, regions: &Regions) -> Result<(), fjall::Error> {
+    /// readable, but one that was made here and failed soon is replaced, so that a
+    /// disk that fails again and again does not push out everything.
+    pub fn repair(&mut self, regions: &Regions) -> Result<(), fjall::Error> {
         let epochs = self.index.epochs.load_full();
         match epochs.split_first() {
             None => {

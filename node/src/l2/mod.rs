@@ -68,9 +68,9 @@ pub struct L2 {
 }
 
 impl L2 {
-    /// Opens the store, or makes it. What is torn or damaged is dropped, a
-    /// store that cannot be opened is set aside and made anew; a disk that
-    /// cannot be used is said so and tried again, the node goes on without it.
+    /// Opens the store, or makes it. What is torn or damaged is dropped; a store
+    /// that cannot be opened is set aside, and an empty one made. A disk that
+    /// cannot be used is reported and tried again; the node goes on without it.
     ///
     /// # Errors
     /// [`L2Error::Locked`]: another process has it.

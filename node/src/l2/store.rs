@@ -50,7 +50,7 @@ pub const QUEUE_BYTES_MAX: u64 = 32 << 20;
 const READS_MAX: usize = 64;
 /// Memory of the places that are remembered at most: 5,000 slices of 1 MiB.
 const PLACES_BYTES_MAX: usize = 2 << 20;
-/// What one takes beside its sums.
+/// What one takes besides its sums.
 const PLACE_BYTES: usize = 160;
 /// Bytes read at most where nothing may wait: as long as a large write to a socket.
 const NOW_BYTES_MAX: u32 = 1024 * 1024;
@@ -126,8 +126,8 @@ pub(super) struct Pending {
 }
 
 impl Store {
-    /// Opens the store, or makes it. What is torn or damaged is dropped, a
-    /// store that cannot be opened is set aside and made anew.
+    /// Opens the store, or makes it. What is torn or damaged is dropped; a store
+    /// that cannot be opened is set aside, and an empty one made.
     ///
     /// # Errors
     /// The directory cannot be used at all, or belongs to another process, or

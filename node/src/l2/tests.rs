@@ -256,7 +256,7 @@ async fn small_things_leave_in_order_within_the_bound() {
 
 /// Not a test by itself: what `kill_loses_nothing_that_was_settled` starts and kills.
 #[tokio::test]
-#[ignore = "runs in a process of its own, for ever"]
+#[ignore = "runs in a process of its own, forever"]
 async fn child_writes_until_killed() {
     let Some(dir) = std::env::var_os(CHILD_DIR) else {
         return;

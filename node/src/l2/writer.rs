@@ -400,7 +400,7 @@ impl Writer {
         };
         match probed
             .map_err(Trouble::from)
-            .and_then(|()| self.mend_index())
+            .and_then(|()| self.repair_index())
         {
             Ok(()) => {
                 self.retry = None;
@@ -414,10 +414,10 @@ impl Writer {
         }
     }
 
-    fn mend_index(&mut self) -> Result<(), Trouble> {
+    fn repair_index(&mut self) -> Result<(), Trouble> {
         if self.is_index_broken {
             self.index
-                .mend(&self.shared.regions)
+                .repair(&self.shared.regions)
                 .map_err(Trouble::Index)?;
         }
         Ok(())
