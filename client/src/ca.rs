@@ -1,8 +1,8 @@
 //! The cluster's own certificate authority, as files in a directory.
 //!
 //! `ca.pem` and `ca.key` are made once; each node gets `node<N>.pem` and
-//! `node<N>.key`, which both serve and dial. `ca.key` is needed on no node: who
-//! has it can be any node. Keys are ECDSA P-256, readable by their owner only.
+//! `node<N>.key`, which both serve and dial. `ca.key` is needed on no node:
+//! whoever has it can be any node. Keys are ECDSA P-256, readable by their owner only.
 //! Not here: verifying (`pingora-slice` does, at its start and at each connection).
 
 use std::fs::{self, OpenOptions, Permissions};
@@ -60,7 +60,7 @@ pub fn ca_init(dir: &Path) -> Result<()> {
 
 /// Issues the certificate of node `node`: `node<N>.pem` and `node<N>.key` in
 /// `dir`, where the authority is. `hosts` are names and addresses to put in
-/// beside the node's own; nothing depends on them. Issuing again replaces the files.
+/// besides the node's own; nothing depends on them. Issuing again replaces the files.
 ///
 /// # Errors
 /// No authority in `dir`, a number or host that cannot be, or the disk.

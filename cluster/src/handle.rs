@@ -49,7 +49,7 @@ pub struct ClusterConfig {
     pub data_dir: PathBuf,
     /// Length of a lease (rule 11).
     pub lease: Duration,
-    /// How long a node may be unreachable before the log removes it; `None`: for ever.
+    /// How long a node may be unreachable before the log removes it; `None`: forever.
     pub remove_after: Option<Duration>,
     /// Certificates.
     pub tls: TlsFiles,
@@ -280,7 +280,7 @@ impl Cluster {
         }
     }
 
-    /// Leaves orderly: endpoints closed, log flushed. Never hangs.
+    /// Leaves in good order: endpoints closed, log flushed. Never hangs.
     pub async fn stop(&self) {
         if let Life::Member(node) = &self.inner.life {
             node.stop().await;

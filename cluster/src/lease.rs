@@ -26,7 +26,7 @@
 //!   index, and that this leader committed it makes waiting for that safe.
 //! - `process` grows with every start of a node and is taken while its data
 //!   directory is locked: a message of a later process proves the earlier one dead.
-//! - The shell lets members only speak here; that bounds every table.
+//! - The shell lets only members speak here; that bounds every table.
 //!
 //! Not here: messages, timers, Raft (`raft`), floors (`purge`).
 
@@ -103,7 +103,7 @@ pub enum Input {
         /// The cluster's length of a lease.
         lease: Duration,
     },
-    /// This node leads no more.
+    /// This node no longer leads.
     Follow,
     /// A renewal arrived.
     Renew(Renewal),
@@ -156,7 +156,7 @@ pub enum Output {
         /// Why not.
         reason: Refusal,
     },
-    /// This purge and all before it hold everywhere: answer who waits (rule 10).
+    /// This purge and all before it hold everywhere: answer whoever waits (rule 10).
     Settled {
         /// The purge.
         index: PurgeIndex,
@@ -635,7 +635,7 @@ impl LeaseHolder {
 /// Time that may pass between reading the two clocks without meaning anything.
 const CLOCK_READ_APART_MAX: Duration = Duration::from_millis(10);
 
-/// What clocks may differ in over one lease (A3), rounded up.
+/// How much clocks may differ over one lease (A3), rounded up.
 fn margin(lease: Duration) -> Duration {
     lease / 100 + Duration::from_nanos(1)
 }

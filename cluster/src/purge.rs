@@ -120,7 +120,7 @@ pub struct Subject {
 
 impl Subject {
     /// The names of the object at `host` (normalised) and `target` (raw path and
-    /// query) that carries `tags`. Every tag counts: who stores manifests bounds them.
+    /// query) that carries `tags`. Every tag counts: whoever stores manifests bounds them.
     pub fn new(key: &HashKey, host: &str, target: &str, tags: &[impl AsRef<str>]) -> Subject {
         Subject {
             host: host_hash(key, host),
@@ -175,7 +175,7 @@ impl Floor {
 
 /// Whether a request that finds `floor` may join a flight whose origin request
 /// left at `flight_stamp` (rule 6). To be asked again at its headers, with a
-/// floor that knows their tags. Who started the flight is always served.
+/// floor that knows their tags. Whoever started the flight is always served.
 /// Joining is answering from cache: it needs a lease, read before `floor`.
 pub fn joinable(flight_stamp: PurgeIndex, floor: Floor) -> bool {
     // `soft` is the highest of all modes: a result stale at birth helps nobody.

@@ -303,7 +303,7 @@ mod tests {
                 assert_eq!(owner(&after, n), Some(NodeId(5)));
                 taken += 1;
                 let (key, index) = slice(n);
-                // The next in the list is who had it before.
+                // The next in the list is the one that had it before.
                 assert_eq!(after.owners(key, index).get(1).copied(), owner(&before, n));
             }
         }

@@ -392,7 +392,7 @@ async fn slowness_is_not_death() {
 }
 
 /// A peer all of whose seats are taken by requests that wait answers one ping,
-/// however many want to know; who wants a seat is told to go elsewhere.
+/// however many want to know; whoever wants a seat is told to go elsewhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_with_no_seat_left_is_alive() {
     const SEATS: usize = 64;

@@ -42,10 +42,10 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 /// Requests in a row without a sign of life after which the peer is given up.
 const SILENCES_MAX: u32 = 2;
 /// How long a request waits for a seat. At 1 Gbit/s 600 slices of 1 MiB pass
-/// meanwhile: who waits longer is behind answers that themselves wait, for an
+/// meanwhile: whoever waits longer is behind answers that themselves wait, for an
 /// origin perhaps, and must not share their fate. The caller has other sources.
 const SEAT_WAIT_MAX: Duration = Duration::from_secs(5);
-/// How long an acknowledgement may take beside round trips: quinn's 25 ms, doubled.
+/// How long an acknowledgement may take besides round trips: quinn's 25 ms, doubled.
 const ACKNOWLEDGEMENT_DELAY: Duration = Duration::from_millis(50);
 
 /// What distinguishes the two endpoints.
@@ -162,7 +162,7 @@ impl Dialler {
     }
 
     /// Sends `frame` and reads the head of the answer, all before `deadline`.
-    /// Who finds no seat within [`SEAT_WAIT_MAX`] has not been heard. A
+    /// Whoever finds no seat within [`SEAT_WAIT_MAX`] has not been heard. A
     /// connection that turns out to belong to the peer's life before a restart
     /// is replaced, once.
     pub(super) async fn exchange(
@@ -251,7 +251,7 @@ impl Dialler {
                 }),
             }
         };
-        // Where the connection is made, there it is driven.
+        // The connection is driven where it is made.
         let mut task = self.line.tasks.spawn_on(conversation, &self.line.runtime);
         match timeout(deadline, &mut task).await {
             Ok(Ok(outcome)) => outcome,
@@ -725,7 +725,7 @@ impl Watch {
         }
     }
 
-    /// The peer has said something, be it no.
+    /// The peer has said something, even if it was no.
     fn answered(mut self) {
         self.decided = true;
         self.pool.lock().succeeded();

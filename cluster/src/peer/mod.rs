@@ -196,7 +196,7 @@ pub struct Counters {
     pub handshakes_failed: AtomicU64,
     /// Slice requests of nodes that are not members.
     pub not_members: AtomicU64,
-    /// Streams that held something else than one frame: garbage, too long,
+    /// Streams that held something other than one frame: garbage, too long,
     /// another version, too slow.
     pub bad_frames: AtomicU64,
     /// Requests refused because too many were under way.
@@ -398,14 +398,14 @@ impl Peers {
     }
 
     /// Whether a peer answers the cheapest of questions on the slice endpoint in
-    /// time, be it with no. Those who ask this wait for slower answers on all of
-    /// its seats perhaps, and would take a living peer for dead if the question
+    /// time, even with no. Those who ask this may be waiting for slower answers on
+    /// all of its seats, and would take a living peer for dead if the question
     /// needed one.
     pub async fn is_alive(&self, peer: NodeId, within: Duration) -> bool {
         let ping = {
             let mut pings = dial::lock(&self.inner.pings);
             let under_way = pings.get(&peer).and_then(WeakShared::upgrade);
-            // One that has ended tells what was.
+            // One that has ended tells what used to be so.
             match under_way.filter(|ping| ping.peek().is_none()) {
                 Some(ping) => ping,
                 None => {

@@ -416,7 +416,7 @@ impl Shared {
     }
 }
 
-/// Waits for a change, but not for ever: without a quorum it never comes.
+/// Waits for a change, but not forever: without a quorum it never comes.
 async fn step<T, E: std::fmt::Display>(
     change: impl Future<Output = Result<T, E>>,
 ) -> Result<(), String> {

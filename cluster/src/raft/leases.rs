@@ -34,7 +34,7 @@ const ANSWER: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_millis(50);
 /// How often the clocks are compared (rule 17), and renewals looked after.
 const COMPARE: Duration = Duration::from_millis(100);
-/// How long a node is without a lease before it says so, and between saying so again.
+/// Time without a lease before logging, and between logs.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 /// What writing the first entry of a reign may take before it is tried again.
 const FIRST_ENTRY: Duration = Duration::from_secs(2);

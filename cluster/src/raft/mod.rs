@@ -56,7 +56,7 @@ const _: () = assert!(SNAPSHOT_PART_BYTES as usize <= CONTROL_BYTES_MAX / 2);
 
 /// Also how long one append may take, the follower's fsync included.
 const HEARTBEAT: Duration = Duration::from_millis(150);
-/// A follower that has heard nothing for so long may stand for election.
+/// A follower that has heard nothing for this long may stand for election.
 const ELECTION_MIN: Duration = Duration::from_millis(500);
 /// A leader's lease in openraft's sense; how long a node may be silent.
 const ELECTION_MAX: Duration = Duration::from_millis(900);
@@ -212,7 +212,7 @@ impl Drop for Node {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         if let Some(runtime) = runtime {
-            // Waiting is not allowed here; `stop` is how one leaves orderly.
+            // Waiting is not allowed here; `stop` is how one leaves in good order.
             runtime.shutdown_background();
         }
     }
@@ -332,7 +332,7 @@ impl Shared {
             .map(NodeId)
     }
 
-    /// Completes when another node leads than `leader`.
+    /// Completes when a node other than `leader` leads.
     async fn leader_changes(&self, leader: Option<NodeId>) {
         let leader = leader.map(|id| id.0);
         let mut metrics = self.raft.server_metrics();
@@ -393,7 +393,7 @@ impl Shared {
             Task::Propose(command) => (command, None),
             Task::Purge { items, token, wait } => (Command::Purge { items, token }, Some(wait)),
         };
-        // Without a quorum `client_write` waits for ever.
+        // Without a quorum `client_write` waits forever.
         let written = tokio::time::timeout(left, self.raft.client_write(command)).await;
         match written {
             Err(_) => Led::Unknown("there is no quorum".into()),

@@ -1,4 +1,4 @@
-//! Pre-vote (Ongaro's thesis, section 9.6), which openraft 0.9 has not.
+//! Pre-vote (Ongaro's thesis, section 9.6), which openraft 0.9 lacks.
 //!
 //! A node that was cut off, paused or restarted has heard nothing, stands for
 //! election in ever higher terms, and so deposes a leader that everybody else
@@ -22,7 +22,7 @@ use crate::NodeId;
 /// How long a voter may take to say whether it would vote.
 const ANSWER: Duration = Duration::from_millis(300);
 
-/// When this node has last heard a leader that it follows.
+/// When this node last heard a leader that it follows.
 #[derive(Default)]
 pub(super) struct LeaderHeard(Mutex<Option<Instant>>);
 

@@ -57,9 +57,9 @@ pub(crate) type Snapshot = openraft::Snapshot<TypeConfig>;
 /// First byte of every row and of the snapshot file.
 const FORMAT: u8 = 1;
 /// Bytes written between two rotations of the memtable by our own hand: the
-/// database's own rotation can block for ever when writers are fast.
+/// database's own rotation can block forever when writers are fast.
 const ROTATE_BYTES: u64 = 16 << 20;
-/// Entries are sent in frames; so many bytes of them (at least one entry) fit
+/// Entries are sent in frames; this many bytes of them (at least one entry) fit
 /// into one with room to spare.
 const ENTRIES_BYTES_MAX: usize = 1 << 20;
 const _: () = assert!(ENTRIES_BYTES_MAX <= crate::peer::CONTROL_BYTES_MAX / 2);

@@ -35,7 +35,7 @@ pub fn tags(key: Key, version: u64) -> &'static [&'static str] {
 }
 
 impl What {
-    /// Whether it covers these bytes; written anew, not with the code under test.
+    /// Whether it covers these bytes; written again, without the code under test.
     pub fn covers(&self, key: Key, version: u64) -> bool {
         match self {
             What::All | What::Host => true,

@@ -93,7 +93,7 @@ fn equal_seeds_are_equal_runs() {
 }
 
 /// The checker must be able to fail: each deliberate mistake is found within
-/// so many seeds; all were within 31 when this was written.
+/// this many seeds; all were within 31 when this was written.
 const DEFECT_SEEDS: u64 = 200;
 const DEFECTS: [Defect; 23] = [
     Defect::QuorumOnly,

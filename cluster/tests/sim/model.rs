@@ -6,7 +6,7 @@
 //! leader per term who has them all and learns late that it was deposed, and
 //! reads that succeed only while no later leader has been elected. Time goes
 //! in steps of half a lease, the same for all: clocks that differ are the
-//! simulation's business. Who leads and who serves are different nodes, as no
+//! simulation's business. Those that lead and those that serve are different nodes, as no
 //! rule looks from one role into the other.
 //!
 //! Whatever is lost, late, or standing still is a step that comes later or
@@ -46,7 +46,7 @@ pub struct Bounds {
     pub elections: u8,
     /// Purges of one URL.
     pub purges: u8,
-    /// Crashes of leaders and servers: another process, which begins anew.
+    /// Crashes of leaders and servers: another process, which starts afresh.
     pub restarts: u8,
     /// Orderly stops.
     pub stops: u8,

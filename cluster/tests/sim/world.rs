@@ -197,7 +197,7 @@ pub struct Node {
     pub table: LeaseTable,
     pub holder: LeaseHolder,
     pub process: u64,
-    /// Purges proposed here: token to who asked.
+    /// Purges proposed here: token to whoever asked.
     pub proposals: BTreeMap<u128, usize>,
     /// Purges committed and not settled.
     pub waiting: BTreeMap<PurgeIndex, Vec<(usize, u128)>>,
