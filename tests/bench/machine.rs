@@ -105,8 +105,8 @@ pub fn build_floors() -> Result<PathBuf> {
         .context("cargo has not said where they are")
 }
 
-/// Touches as much memory as a turn may take anew, and frees it. What a machine's
-/// host has taken back meanwhile comes again here, ten times as slowly as other
+/// Touches as much new memory as a turn may take, and frees it. What a machine's
+/// host has taken back meanwhile comes back here, ten times as slowly as other
 /// memory, and not in the turn of whoever happens to meet it.
 pub fn touch_memory() {
     const BLOCK_BYTES: usize = 1 << 20;

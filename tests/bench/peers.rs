@@ -275,7 +275,7 @@ impl Home {
         self.floor_with(parts, 0).await
     }
 
-    /// The same, with so many objects of 1 KiB in a map.
+    /// The same, with this many objects of 1 KiB in a map.
     pub async fn floor_with(&self, parts: &Path, objects: u64) -> Result<Server> {
         let ports = Ports::claim();
         let listen = ports.at(0).to_string();

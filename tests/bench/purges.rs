@@ -133,7 +133,7 @@ pub async fn batches(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Purges `count` URLs, from number `first` on, so many batches at a time.
+/// Purges `count` URLs, from number `first` on, `at_once` batches at a time.
 async fn purge_urls(admin: SocketAddr, first: u64, count: u64, at_once: u64) -> Result<()> {
     let mut purgers = JoinSet::new();
     for purger in 0..at_once {

@@ -874,7 +874,7 @@ async fn until_on_disk(ours: &TestCluster, slices: f64) -> Result<()> {
     }
 }
 
-/// Reads an object until so many slices in all are on disk: what comes while the
+/// Reads an object until this many slices in all are on disk: what comes while the
 /// disk is behind is dropped, and comes again, unless memory keeps it.
 async fn read_onto_disk(ours: &TestCluster, target: &str, slices: f64) -> Result<()> {
     const TRIES: usize = 5;

@@ -281,8 +281,8 @@ impl TestCluster {
         self.dir.path()
     }
 
-    /// Publishes so many films whose manifest and first slice one node owns: of
-    /// `/film0`, `/film1` and so on the first ones.
+    /// Publishes films whose manifest and first slice one node owns: the first
+    /// `count` of `/film0`, `/film1` and so on.
     pub async fn films_owned_by(&self, owner: u64, count: usize, bytes: u64) -> Vec<Film> {
         let mut films = Vec::new();
         for n in 0.. {

@@ -103,7 +103,7 @@ impl Links {
     }
 
     /// Everything in order again.
-    pub fn mend(&self) {
+    pub fn heal(&self) {
         self.set_where(Link::default(), |_, _| true);
     }
 
@@ -304,7 +304,7 @@ mod tests {
             }
         };
         timeout(PATIENCE, both).await.expect("both are lost");
-        relay.links.mend();
+        relay.links.heal();
         nodes[0].send_to(b"late", ends[1].front).await.unwrap();
         assert_eq!(receive(&nodes[1]).await.0, b"late");
     }

@@ -19,7 +19,7 @@
 //! `sent Name: value`, `unsent Name`, `method M`. After `<`, besides fields:
 //! `body TEXT`, `ranges` (honours Range), `chunked`, `close` (no length),
 //! `hangup` (takes the request and closes), `interim N` (that status first),
-//! `wait MS`. `@+N` and `@-N` as a value are the date so many seconds from now;
+//! `wait MS`. `@+N` and `@-N` as a value are the date that many seconds from now;
 //! `@at` in a value is the conversation's own path, `@host` the host.
 //!
 //! Every answer of the origin that may have a body says which it is, in `Answer`.

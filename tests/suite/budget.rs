@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 /// Longest wait for a client's head, and for anything else that must come.
 const WAIT_MAX: Duration = Duration::from_secs(60);
-/// Who took nothing for so long takes nothing more.
+/// A client that took nothing for this long takes nothing more.
 const STILL_FOR: Duration = Duration::from_secs(1);
 /// Beyond the stated sum, in percent.
 const ABOVE_MAX: u64 = 10;
@@ -49,7 +49,7 @@ impl Stalled {
         stalled
     }
 
-    /// Takes so many bytes more and compares them.
+    /// Takes this many more bytes and compares them.
     async fn take(&mut self, film: &Film, bytes: u64) {
         let mut taken = vec![0; bytes as usize];
         let reading = self.tcp.read_exact(&mut taken);
@@ -76,7 +76,7 @@ impl Stalled {
     }
 }
 
-/// So many clients at places of their own in one object.
+/// This many clients at places of their own in one object.
 async fn stall(node: &Node, film: &Film, clients: u64) -> Vec<Stalled> {
     let step = film.length() / (clients + 1);
     stream::iter(0..clients)
@@ -143,7 +143,7 @@ async fn stalled_clients_cost_no_more_than_the_budget() {
         // So there is room for those who do read,
         let other = cluster.origin.publish(&format!("/{when}"), 32 * MIB);
         node.read(&other).await;
-        // and who goes on gets the rest, from wherever it is now.
+        // and whoever goes on gets the rest, from wherever it is now.
         for client in stalled.iter_mut().step_by(17) {
             client.take(&film, 3 * MIB).await;
         }
@@ -226,7 +226,7 @@ async fn more_slices_than_fit_wait_for_one_another() {
     assert_eq!(node.metric("memory_refusals_total").await, 0.0);
 }
 
-/// A node where so many are under way at most, and clients may stall.
+/// A node where at most 16 slices are under way, and clients may stall.
 async fn with_room_for_16_slices() -> TestCluster {
     Options::alone()
         .set("l1_cache_size_bytes", "1m")

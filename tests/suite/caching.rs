@@ -167,7 +167,7 @@ async fn a_thousand_stale_hits_cost_one_validation() {
     }
 }
 
-/// RFC 9112 section 6.1: no chunks for who does not know them.
+/// RFC 9112 section 6.1: no chunks for clients that do not know them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_of_http_1_0_gets_no_chunks() {
     let cluster = TestCluster::alone().await;

@@ -12,7 +12,7 @@
 //!
 //! Whatever else a node answers (an error, nothing, a body cut short) breaks no
 //! promise here; a whole body that is no version at all does, and so does a
-//! node that ends by itself, or is not ready again once all is mended.
+//! node that ends by itself, or is not ready again once everything is fixed.
 //!
 //! `make chaos SECONDS=600 SEED=7` runs it for longer. The seed decides the
 //! faults and who asks what; the machine decides when, so a seed that has failed
@@ -52,17 +52,17 @@ const VOTERS: usize = 3;
 const EDGES: usize = 1;
 /// Readers per node.
 const READERS: usize = 2;
-/// Who changes objects and purges.
+/// Tasks that change objects and purge them.
 const PURGERS: usize = 2;
 /// Room that each node has for what it keeps.
 const DISK_BYTES: u64 = 192 * MIB;
-/// Of which so much is for the cache.
+/// How much of that is for the cache.
 const CACHE_BYTES: u64 = 32 * MIB;
 /// So little memory that the disk has something to do.
 const MEMORY_BYTES: u64 = 512 * 1024;
 /// Between two lines that tell how far a long run has come.
 const TELL_EVERY: Duration = Duration::from_secs(60);
-/// So much longer it goes on while too little has happened.
+/// How much longer it goes on while too little has happened.
 const OVERTIME_MAX: Duration = Duration::from_secs(120);
 /// What a node may take to say something of itself.
 const LOOK_MAX: Duration = Duration::from_secs(1);
@@ -79,7 +79,7 @@ fn setting(name: &str) -> Option<u64> {
 struct Plan {
     seed: u64,
     seconds: u64,
-    /// Ends early when so many reads were checked.
+    /// Ends early once this many reads were checked.
     reads: u64,
     /// The command that does the same again.
     replay: String,

@@ -112,8 +112,8 @@ async fn a_hundred_clients_on_each_node_cost_one_request_and_one_ask() {
     }
 }
 
-/// Who demands to have it validated waits for the origin, and keeps nobody else
-/// waiting whom the owner can answer.
+/// Whoever demands validation waits for the origin, and keeps nobody else waiting
+/// whom the owner can answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_demands_more_than_others_asks_alone() {
     let cluster = TestCluster::start(3).await;
@@ -137,7 +137,7 @@ async fn who_demands_more_than_others_asks_alone() {
     assert_eq!(film.seen().len(), 2, "{:#?}", film.seen());
 }
 
-/// Who asks together gets what its own request selects.
+/// Each of those who ask together gets what its own request selects.
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_of_several_variants_get_their_own() {
     const LANGUAGES: [&str; 4] = ["de", "en", "fr", "it"];

@@ -1,5 +1,5 @@
 //! One connection of HTTP/1.1: requests that are answered in different ways
-//! share it, and nobody holds it up for ever.
+//! share it, and nobody holds it up forever.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

@@ -8,7 +8,7 @@ use pingora_slice_tests::{
     Ask, Fault, Film, KIB, MIB, Node, Options, SLICE_BYTES, TestCluster, Validators,
 };
 
-/// Reads so many bytes of a body and compares them.
+/// Reads this many bytes of a body and compares them.
 async fn take(stream: &mut Stream, film: &Film, from: u64, bytes: u64) -> u64 {
     let mut at = from;
     while at < from + bytes {

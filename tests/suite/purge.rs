@@ -166,7 +166,7 @@ async fn a_fill_from_before_the_purge_is_never_stored_as_new() {
     }
 }
 
-/// Tags are known with the headers only: who has joined a fill looks again then,
+/// Tags are known with the headers only: whoever has joined a fill looks again then,
 /// for soft purges, too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fill_from_before_a_soft_purge_answers_nobody_who_came_after_it() {
@@ -454,14 +454,14 @@ async fn a_node_that_was_cut_off_recovers_by_itself() {
         node.until("the cut is old enough", async || cut.elapsed() > cut_for)
             .await;
         let term = term(&cluster).await;
-        links.mend();
-        let mended = Instant::now();
+        links.heal();
+        let healed = Instant::now();
         node.until("it is ready", async || {
             let ready = Ask::get("/ready").send(node.metrics_address()).await;
             ready.is_ok_and(|reply| reply.status == 200)
         })
         .await;
-        let took = mended.elapsed();
+        let took = healed.elapsed();
         // It has deposed nobody (pre-vote).
         assert_eq!(self::term(&cluster).await, term, "after {cut_for:?}");
         println!("cut off for {cut_for:?}, back after {took:?}");

@@ -188,7 +188,7 @@ fn files_below(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         // fjall's own files are its business; a store that cannot open its
-        // index begins anew, which is another test.
+        // index starts afresh, which is another test.
         if path.is_dir() && !path.to_string_lossy().contains("index") {
             files.extend(files_below(&path));
         } else if path.is_file() {

@@ -75,11 +75,11 @@ pub enum Validators {
 pub enum Fault {
     /// Waits before the header.
     Delay(Duration),
-    /// Sends so many body bytes, then nothing more, and keeps the connection open.
+    /// Sends this many body bytes, then nothing more, and keeps the connection open.
     StallAfter(u64),
-    /// Sends at most so many body bytes per second.
+    /// Sends at most this many body bytes per second.
     Drip(u64),
-    /// Sends so many body bytes, then closes.
+    /// Sends this many body bytes, then closes.
     CloseAfter(u64),
     /// Closes the connection instead of answering.
     Hangup,
@@ -103,9 +103,9 @@ pub enum Fault {
     ShortBody,
     /// Answers everything with 200, chunked: neither ranges nor a length.
     NoLength,
-    /// The same, and closes after so many bytes without the last chunk.
+    /// The same, and closes after this many bytes without the last chunk.
     NoLengthCloseAfter(u64),
-    /// The same, and ends after so many bytes as if they were all.
+    /// The same, and ends after this many bytes as if they were all.
     NoLengthEndAfter(u64),
     /// An encoded answer (`Content-Encoding: gzip`), though nobody asked for one.
     Gzip,

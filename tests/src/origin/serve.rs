@@ -59,7 +59,7 @@ async fn connection(mut stream: TcpStream, shared: Arc<Shared>) {
         let object = find(&shared, &request.target);
         let waiting = object.as_ref().map(Waiting::new);
         let answer = decide(&request, object.as_ref());
-        // Once the answer is decided: who has seen the request may change the object.
+        // Once the answer is decided: whoever has seen the request may change the object.
         lock(&shared.log).push(seen.clone());
         shared.noted();
         let kept = answer.after == After::Keep && !request.close;
@@ -247,7 +247,7 @@ struct Answer {
     chunked: bool,
     /// Content-Length where it is not the payload's own.
     length: Option<u64>,
-    /// Stop after so many body bytes, and do what `after` says.
+    /// Stop after this many body bytes, and do what `after` says.
     cut: Option<u64>,
     after: After,
     delay: Duration,

@@ -26,9 +26,9 @@ const CUT_MAX: Duration = Duration::from_secs(8);
 const FLAP_MAX: Duration = Duration::from_millis(500);
 /// A bad network loses at most this share of the datagrams.
 const LOSS_MAX: f64 = 0.3;
-/// And delays them by at most so much.
+/// And delays them by at most this much.
 const DELAY_MAX: Duration = Duration::from_millis(100);
-/// So long after its disk was full a node may still end for it.
+/// How long after its disk was full a node may still end because of it.
 const EXCUSED: Duration = Duration::from_secs(30);
 /// Between two looks whether a node serves.
 const LOOK_EVERY: Duration = Duration::from_millis(25);
@@ -157,8 +157,8 @@ pub(super) async fn harm_processes(
     }
 }
 
-/// Starts a node again that has ended by itself, which only one may do that
-/// could not write its log; it may take a moment to end.
+/// Starts a node again that has ended by itself, as only one that could not write
+/// its log may; it may take a moment to end.
 fn revive(herd: &mut impl Herd, world: &World, id: u64, was_full: Option<(u64, Instant)>) {
     let Some(how) = herd.ended(id) else { return };
     let told = format!("node {id} has ended by itself: {how}");
@@ -212,7 +212,7 @@ pub(super) async fn harm_links(links: &Links, world: &World, rng: &mut StdRng) {
                 while Instant::now() < end {
                     links.set_where(Link::CUT, |from, to| to == one || (both && from == one));
                     sleep(FLAP_MAX.mul_f64(rng.random())).await;
-                    links.mend();
+                    links.heal();
                     sleep(FLAP_MAX.mul_f64(rng.random())).await;
                 }
                 note("whole again".into());
@@ -233,7 +233,7 @@ pub(super) async fn harm_links(links: &Links, world: &World, rng: &mut StdRng) {
             }
         }
         sleep_unless_over(time, world).await;
-        links.mend();
+        links.heal();
         note("whole again".into());
     }
 }

@@ -22,7 +22,7 @@ use super::purges::{Doors, Mode, Purge};
 pub(super) const SLICE: u64 = 64 * KIB;
 /// A reader gives a node that stands still up after this long.
 const READ_PATIENCE: Duration = Duration::from_secs(8);
-/// A reader that got no answer comes back so much later.
+/// A reader that got no answer comes back this much later.
 const READ_AGAIN: Duration = Duration::from_millis(20);
 /// Versions of one object whose bytes are kept for comparing.
 const VERSIONS_KEPT: u32 = 8;

@@ -16,7 +16,7 @@ enum Download {
     Whole,
     /// This status, which is no success.
     Refused(u16),
-    /// Cut after so many right bytes.
+    /// Cut after this many right bytes.
     Cut(u64),
 }
 
