@@ -50,6 +50,14 @@ pub enum FillError {
 }
 
 impl FillError {
+    /// As `Cache-Status` says it.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            FillError::NoMemory => "no-memory",
+            FillError::Changed | FillError::Failed { .. } | FillError::Damaged => "fill-failed",
+        }
+    }
+
     /// The status a client should see.
     pub fn status(&self) -> u16 {
         match self {

@@ -322,8 +322,9 @@ impl Front {
                         Some(answered) => match answered {
                             Answered::Done => return Ok(true),
                             Answered::Changed => gone = Some(found.object.manifest.generation),
-                            Answered::Failed { status } => {
-                                self.refuse(session, ctx, status, "fill-failed").await?;
+                            Answered::Failed(error) => {
+                                self.refuse(session, ctx, error.status(), error.as_str())
+                                    .await?;
                                 return Ok(true);
                             }
                         },
@@ -373,8 +374,7 @@ impl Front {
             Some(Err(FillError::Changed)) => return Ok(Answered::Changed),
             Some(Err(error)) => {
                 tracing::warn!(url = %request.url, %error, "request failed");
-                let status = error.status();
-                return Ok(Answered::Failed { status });
+                return Ok(Answered::Failed(error));
             }
         };
         self.begin(session, ctx, head, false, &found.informational)
@@ -776,9 +776,7 @@ enum Answered {
     /// The version is gone, and nothing was written.
     Changed,
     /// It cannot be had, and nothing was written.
-    Failed {
-        status: u16,
-    },
+    Failed(FillError),
 }
 
 /// Sends what Pingora holds back of a body of known length: it collects up to

@@ -294,7 +294,7 @@ impl Front {
                 let status = error.status();
                 tracing::warn!(url = %request.url, status, "request failed");
                 let mut refusal = self
-                    .refusal(status, "fill-failed")
+                    .refusal(status, error.as_str())
                     .map_err(io::Error::other)?;
                 let now = fmt_http_date(SystemTime::now());
                 refusal.insert_header(DATE, now).map_err(io::Error::other)?;
