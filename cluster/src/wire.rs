@@ -94,6 +94,22 @@ pub struct ResolveAsk {
     pub stored_only: bool,
 }
 
+impl ResolveAsk {
+    /// Asks a peer what it has, and for nothing more.
+    pub fn what_is_stored(key: ObjectKey, request: OriginRequest) -> ResolveAsk {
+        ResolveAsk {
+            key,
+            request,
+            floor: PurgeIndex::default(),
+            first_byte: 0,
+            sliced: true,
+            revalidate: false,
+            gone: None,
+            stored_only: true,
+        }
+    }
+}
+
 /// See [`Ask::Slice`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SliceAsk {

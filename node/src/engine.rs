@@ -51,7 +51,7 @@ use crate::purge::normalise_host;
 use crate::stitch::StitchLog;
 
 pub use fill::Fill;
-use resolve::{Resolves, what_is_stored};
+use resolve::Resolves;
 use tags::OtherTags;
 use turns::{Turn, Turns};
 use whole::Wholes;
@@ -1167,7 +1167,7 @@ impl Engine {
             target: url.target.clone(),
             headers: Vec::new(),
         };
-        let ask = Ask::Resolve(what_is_stored(key, request));
+        let ask = Ask::Resolve(ResolveAsk::what_is_stored(key, request));
         match self.owners(key, 0).first() {
             Some(owner) if *owner != self.me() => {
                 !matches!(self.ask(*owner, &ask).await, Ok((Answer::Missing, _)))

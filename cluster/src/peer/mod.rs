@@ -51,7 +51,7 @@ use crate::wire::{
     self, ALPN_CONTROL, ALPN_SLICES, Answer, Ask, FrameError, HEAD_BYTES_MAX, OriginRequest, Part,
     ResolveAsk,
 };
-use crate::{NodeId, ObjectKey, PurgeIndex};
+use crate::{NodeId, ObjectKey};
 
 pub use self::frames::CloseCode;
 pub use self::identity::{NODE_NAME_PREFIX, NODE_NAME_SUFFIX, SERVER_NAME};
@@ -497,20 +497,12 @@ impl Peers {
 
 /// Asks for what nobody has: key 0 is no object's.
 async fn ping(slices: Arc<Dialler>, peer: NodeId, within: Duration) -> bool {
-    let nothing = Ask::Resolve(ResolveAsk {
-        key: ObjectKey(0),
-        request: OriginRequest {
-            host: String::new(),
-            target: String::new(),
-            headers: Vec::new(),
-        },
-        floor: PurgeIndex::default(),
-        first_byte: 0,
-        sliced: true,
-        revalidate: false,
-        gone: None,
-        stored_only: true,
-    });
+    let request = OriginRequest {
+        host: String::new(),
+        target: String::new(),
+        headers: Vec::new(),
+    };
+    let nothing = Ask::Resolve(ResolveAsk::what_is_stored(ObjectKey(0), request));
     let Ok(frame) = wire::encode(&nothing) else {
         return false;
     };

@@ -413,7 +413,7 @@ impl Engine {
         let ask = Ask::Resolve(ResolveAsk {
             sliced: request.sliced,
             gone: Some(generation),
-            ..what_is_stored(request.key, OriginRequest::clone(&request.origin))
+            ..ResolveAsk::what_is_stored(request.key, OriginRequest::clone(&request.origin))
         });
         let others = view.members.keys().filter(|id| **id != view.me);
         let told = others.map(|id| self.inner.cluster.ask(*id, &ask, REPLACED_HEARD_WITHIN));
@@ -1095,20 +1095,6 @@ impl Probe {
             open_range: self.open.as_ref().map(OpenRange::value),
             fields,
         }
-    }
-}
-
-/// Asks a peer what it has, and for nothing more.
-pub(super) fn what_is_stored(key: ObjectKey, request: OriginRequest) -> ResolveAsk {
-    ResolveAsk {
-        key,
-        request,
-        floor: PurgeIndex::default(),
-        first_byte: 0,
-        sliced: true,
-        revalidate: false,
-        gone: None,
-        stored_only: true,
     }
 }
 
