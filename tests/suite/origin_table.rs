@@ -639,14 +639,17 @@ async fn breaks_off_a_whole_body_at_every_slice() {
     // Without getting on, no more often than it is told to.
     let film = cluster.origin.publish("/stuck", LENGTH);
     film.always_from(SLICE_BYTES, Fault::CloseAfter(0));
-    film.once(Fault::CloseAfter(SLICE_BYTES));
+    film.always(Fault::CloseAfter(SLICE_BYTES));
     let stream = cluster.node(1).open(Ask::get("/stuck")).await;
-    let (read, whole) = drain(stream, &film, 1).await;
-    // The client may have a try of its own, for what another was to bring.
-    assert!(!whole && read >= SLICE_BYTES, "{read}, {whole}");
+    assert_eq!(drain(stream, &film, 1).await, (SLICE_BYTES, false));
+    // The client may begin a body of its own, which has its retry, too.
     let seen = film.seen();
-    let resumed = seen.iter().filter(|seen| seen.status == 206).count();
-    assert_eq!(resumed, 1, "{seen:#?}");
+    let with = |status| seen.iter().filter(|seen| seen.status == status).count();
+    let (begun, resumed) = (with(200), with(206));
+    assert!(
+        (1..=2).contains(&begun) && (1..=begun).contains(&resumed),
+        "{seen:#?}"
+    );
 }
 
 /// What is encoded has no ranges for us: it is asked for again, and passed over
