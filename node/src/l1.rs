@@ -17,6 +17,11 @@ use crate::slice::{PAGE_BYTES, Slice};
 /// An object is large when it would take one part of memory in so many.
 const LARGE_DIVISOR: u64 = 8;
 
+/// Once memory is full, one in so many slices of large objects comes in, of those
+/// that were asked for again. What is asked for in turn and does not fit would
+/// else push itself out, and cost memory its place for nothing.
+const ONE_IN: f64 = 8.0;
+
 /// What the table and the allocator take for one item, bytes.
 const ITEM_BYTES: usize = 384;
 /// The same for a field, beside what its name and its value are long.
@@ -56,6 +61,8 @@ pub enum Kept {
 pub struct L1 {
     store: Cache<Key, Item, Weight>,
     asked: Asked,
+    /// With so many bytes in use some part of the table may be full.
+    full_bytes: u64,
     /// Objects of so many bytes are large; none are without a disk.
     large_bytes: u64,
 }
@@ -81,6 +88,7 @@ impl L1 {
                 DefaultLifecycle::default(),
             ),
             asked: Asked::new(2 * bytes_max / slice_bytes),
+            full_bytes: bytes_max.saturating_sub(shards * slice_bytes),
             // A smaller disk would keep a slice for a shorter time than memory.
             large_bytes: match disk_bytes_max {
                 Some(disk_bytes_max) if disk_bytes_max >= bytes_max => bytes_max / LARGE_DIVISOR,
@@ -100,12 +108,13 @@ impl L1 {
     /// Whether a slice that can be had from disk or from a peer, and was asked
     /// for just now, is worth a place. One download of an object that would take
     /// a good part of memory pushes nothing out, and does not pay for memory:
-    /// of those, what was asked for not long before. The first slice is, always:
-    /// when its owner dies, nodes without the manifest ask the origin for both.
-    pub fn is_worth_a_place(&self, id: &SliceId, object_bytes: Option<u64>) -> bool {
+    /// of those, what was asked for not long before, and the more often that is
+    /// the sooner. The first slice is, always: when its owner dies, nodes without
+    /// the manifest ask the origin for both. `chance` is from 0 to 1.
+    pub fn is_worth_a_place(&self, id: &SliceId, object_bytes: Option<u64>, chance: f64) -> bool {
         id.index == 0
             || object_bytes.is_none_or(|bytes| bytes < self.large_bytes)
-            || self.asked.note(id)
+            || (self.asked.note(id) && (self.bytes() <= self.full_bytes || chance * ONE_IN < 1.0))
     }
 
     /// Offers a slice; what was asked for again may be worth more than it.
@@ -334,16 +343,47 @@ mod tests {
         let bytes_max = u64::from(SLICES) << 20;
         let l1 = L1::new(bytes_max, Some(bytes_max), 1 << 20);
         let large = u64::from(SLICES) << 17;
-        let worth = |of: Range<u32>| of.filter(|n| l1.is_worth_a_place(&id(*n), Some(large)));
-        assert!(l1.is_worth_a_place(&id(1), Some(large - 1)), "small");
-        assert!(l1.is_worth_a_place(&id(1), None), "nobody knows");
-        assert_eq!(worth(0..9).collect::<Vec<_>>(), [0]);
-        assert_eq!(worth(1..9).count(), 8, "soon after");
-        assert_eq!(worth(1000..1000 + 20 * SLICES).count(), 0);
-        assert_eq!(worth(1..9).count(), 0, "many others were asked for since");
+        let worth = |id: SliceId, bytes| l1.is_worth_a_place(&id, bytes, 1.0);
+        let worth_of =
+            |of: Range<u32>| -> Vec<u32> { of.filter(|n| worth(id(*n), Some(large))).collect() };
+        assert!(worth(id(1), Some(large - 1)), "small");
+        assert!(worth(id(1), None), "nobody knows");
+        assert_eq!(worth_of(0..9), [0]);
+        assert_eq!(worth_of(1..9).len(), 8, "soon after");
+        assert_eq!(worth_of(1000..1000 + 20 * SLICES).len(), 0);
+        assert_eq!(worth_of(1..9).len(), 0, "many others were asked for since");
         for disk_bytes_max in [None, Some(bytes_max - 1)] {
             let l1 = L1::new(bytes_max, disk_bytes_max, 1 << 20);
-            assert!(l1.is_worth_a_place(&id(1), Some(large)), "no larger disk");
+            let is_worth = l1.is_worth_a_place(&id(1), Some(large), 1.0);
+            assert!(is_worth, "no larger disk");
         }
+    }
+
+    #[test]
+    fn an_object_larger_than_memory_that_is_read_again_and_again_stays_in_part() {
+        const SLICE: u32 = PAGE_BYTES as u32;
+        const SLICES: u32 = 128;
+        const ROUNDS: u32 = 10;
+        let bytes_max = u64::from(SLICES * SLICE);
+        let l1 = L1::new(bytes_max, Some(10 * bytes_max), SLICE);
+        let alive = Arc::new(());
+        let (mut hits, mut kept) = (0, 0);
+        for round in 0..ROUNDS {
+            // Twice what fits, in turn.
+            for n in 0..2 * SLICES {
+                // Evenly spread, and of no pattern in `n`.
+                let chance = f64::from((round * 2 * SLICES + n) * 7919 % 1000) / 1000.0;
+                if l1.slice(&id(n)).is_some() {
+                    hits += 1;
+                } else if l1.is_worth_a_place(&id(n), Some(2 * bytes_max), chance) {
+                    l1.keep_slice(id(n), slice(&alive, SLICE as usize));
+                    kept += 1;
+                }
+            }
+        }
+        // The first round fills nothing, the second fills memory.
+        let (asked, most) = ((ROUNDS - 2) * 2 * SLICES, (ROUNDS - 2) * SLICES);
+        assert!(hits > most * 3 / 4, "{hits} hits of {asked}, {most} fit");
+        assert!(kept < 3 * SLICES, "{kept} were kept for {SLICES} places");
     }
 }

@@ -558,7 +558,11 @@ impl Engine {
         version: &Version,
         slice: impl FnOnce() -> Slice,
     ) {
-        if self.inner.l1.is_worth_a_place(&id, version.length) {
+        if self
+            .inner
+            .l1
+            .is_worth_a_place(&id, version.length, rand::random())
+        {
             self.inner.l1.keep_slice(id, slice());
         }
     }
