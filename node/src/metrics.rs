@@ -173,7 +173,7 @@ metrics! {
     /// Seconds until a purge was confirmed on every node. Worry above one lease: nodes are being waited for or fenced.
     purge_duration_seconds: HistogramVec {method = ["url" "prefix" "all" "tag" "host"]} in PURGE_SECONDS;
     /// Purges refused for their token. Worry about invalid_token: somebody is guessing, or a deployment has the wrong one.
-    purge_auth_failures_total: IntCounterVec {reason = ["missing_token" "invalid_token" "not_loopback"]};
+    purge_auth_failures_total: IntCounterVec {reason = ["missing_token" "invalid_token" "not_loopback" "proxied"]};
     /// Times that another node was asked what it makes of a purge just answered (at most ten purges a second).
     observations_total: IntCounter;
     /// Of these, with the promise broken: it would have answered with older bytes. Always 0; else report it, with the log.

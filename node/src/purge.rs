@@ -78,6 +78,7 @@ pub enum Refusal {
         AuthFailure::MissingToken => "a token is required: Authorization: Bearer, or X-Purge-Token",
         AuthFailure::InvalidToken => "the token is wrong",
         AuthFailure::NotLoopback => "without a token, purging is allowed from this machine only",
+        AuthFailure::Proxied => "this came through a proxy, behind which everybody looks like this machine: set purge.auth_token",
     })]
     Unauthorized {
         /// For the metrics.
@@ -117,6 +118,8 @@ pub enum AuthFailure {
     InvalidToken,
     /// No token is configured, and the client is on another machine.
     NotLoopback,
+    /// No token is configured, and a proxy on this machine passes on who knows whose request.
+    Proxied,
 }
 
 impl AuthFailure {
@@ -126,6 +129,7 @@ impl AuthFailure {
             AuthFailure::MissingToken => "missing_token",
             AuthFailure::InvalidToken => "invalid_token",
             AuthFailure::NotLoopback => "not_loopback",
+            AuthFailure::Proxied => "proxied",
         }
     }
 }
@@ -729,16 +733,24 @@ fn lines<'a>(head: &'a RequestHeader, name: &str) -> Result<Vec<&'a str>, String
         .map_err(|_| format!("{name} is not text"))
 }
 
+/// What proxies add to requests that they pass on.
+const OF_PROXIES: [&str; 3] = ["via", "forwarded", "x-forwarded-for"];
+
 fn authorize(
     config: &PurgeConfig,
     head: &RequestHeader,
     client_is_loopback: bool,
 ) -> Result<(), AuthFailure> {
     let Some(token) = &config.auth_token else {
-        return if client_is_loopback {
-            Ok(())
-        } else {
+        return if !client_is_loopback {
             Err(AuthFailure::NotLoopback)
+        } else if OF_PROXIES
+            .iter()
+            .any(|name| head.headers.contains_key(*name))
+        {
+            Err(AuthFailure::Proxied)
+        } else {
+            Ok(())
         };
     };
     let direct = head.headers.get("x-purge-token").map(|v| v.as_bytes());
@@ -1097,6 +1109,21 @@ mod tests {
         let far = without.purge_request(&head, false).await;
         assert_eq!(far.status, StatusCode::UNAUTHORIZED);
 
+        for (name, value) in [
+            ("via", "1.1 nginx"),
+            ("forwarded", "for=192.0.2.1"),
+            ("x-forwarded-for", "192.0.2.1"),
+        ] {
+            let proxied = request("/x", &[("host", "a"), (name, value)]);
+            let answer = without.purge_request(&proxied, true).await;
+            assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{name}");
+            assert!(body(&answer).message.contains("purge.auth_token"), "{name}");
+        }
+        assert_eq!(
+            without.purge_request(&head, true).await.status,
+            StatusCode::OK
+        );
+
         let text = with.metrics.render(&Gauges::default());
         for line in [
             "purge_auth_failures_total{reason=\"missing_token\"} 2",
@@ -1112,6 +1139,7 @@ mod tests {
         }
         let text = without.metrics.render(&Gauges::default());
         assert!(text.contains("purge_auth_failures_total{reason=\"not_loopback\"} 1\n"));
+        assert!(text.contains("purge_auth_failures_total{reason=\"proxied\"} 3\n"));
     }
 
     #[tokio::test]
