@@ -179,35 +179,46 @@ impl Config {
 
     /// The keys that differ from `other`, at top level.
     pub fn differences(&self, other: &Config) -> Vec<&'static str> {
+        let patterns =
+            |config: &Config| Vec::from_iter(config.slice_patterns.iter().map(Regex::to_string));
+        let l2 = |config: &Config| {
+            let l2 = config
+                .l2
+                .as_ref()
+                .map(|L2Config { dir, bytes_max }| (dir.clone(), *bytes_max));
+            (l2.is_some(), l2.unzip())
+        };
+        let (is_on, (dir, bytes_max)) = l2(self);
+        let (other_is_on, (other_dir, other_bytes_max)) = l2(other);
+        let is_on_in_both = is_on && other_is_on;
+        let mut keys = vec![
+            ("slice_patterns", patterns(self) != patterns(other)),
+            ("enable_l2_cache", is_on != other_is_on),
+            ("l2_cache_dir", is_on_in_both && dir != other_dir),
+            (
+                "l2_cache_size_bytes",
+                is_on_in_both && bytes_max != other_bytes_max,
+            ),
+        ];
         macro_rules! compare {
             ($($key:literal: $field:ident),* $(,)?) => {
-                vec![$(($key, format!("{:?}", self.$field) != format!("{:?}", other.$field))),*]
+                // A field that is not named here does not compile.
+                let Config { $($field,)* slice_patterns: _, l2: _, warnings: _, source: _ } = self;
+                keys.extend([$(($key, *$field != other.$field)),*]);
             };
         }
-        let mut keys = compare! {
+        compare! {
             "listen": listen, "upstream_address": upstreams, "upstream_host": upstream_host,
             "threads": threads, "slice_size": slice_bytes,
             "max_concurrent_subrequests": max_concurrent_subrequests, "max_retries": max_retries,
-            "slice_patterns": slice_patterns, "enable_cache": enable_cache, "cache_ttl": cache_ttl,
+            "enable_cache": enable_cache, "cache_ttl": cache_ttl,
             "default_freshness": default_freshness, "caching": caching,
             "l1_cache_size_bytes": l1_bytes_max, "memory_budget": memory,
-            "l2_cache": l2, "max_object_size": max_object_bytes, "origin_probe": origin_probe,
-            "stitch_log": stitch_log, "metrics_endpoint": metrics_endpoint, "cluster": cluster,
-            "origin_timeouts": origin_timeouts, "client_timeouts": client_timeouts,
-            "drain_timeout": drain_timeout,
-        };
-        // Tokens do not show themselves to Debug.
-        let admin = |config: &Config| {
-            let admin = config.admin.as_ref();
-            admin.map(|admin| (admin.address, admin.auth_token.0.clone()))
-        };
-        let purge = |config: &Config| {
-            let purge = &config.purge;
-            let token = purge.auth_token.as_ref().map(|token| token.0.clone());
-            (purge.enabled, purge.enable_metrics, token)
-        };
-        keys.push(("admin", admin(self) != admin(other)));
-        keys.push(("purge", purge(self) != purge(other)));
+            "max_object_size": max_object_bytes, "origin_probe": origin_probe,
+            "stitch_log": stitch_log, "metrics_endpoint": metrics_endpoint, "purge": purge,
+            "admin": admin, "cluster": cluster, "origin_timeouts": origin_timeouts,
+            "client_timeouts": client_timeouts, "drain_timeout": drain_timeout,
+        }
         keys.retain(|(_, differs)| *differs);
         keys.into_iter().map(|(key, _)| key).collect()
     }
@@ -486,7 +497,7 @@ pub struct StitchLog {
 }
 
 /// `purge`.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PurgeConfig {
     /// Whether PURGE is answered.
     pub enabled: bool,
@@ -497,7 +508,7 @@ pub struct PurgeConfig {
 }
 
 /// `admin`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct AdminConfig {
     /// Listener.
     pub address: SocketAddr,
@@ -508,6 +519,12 @@ pub struct AdminConfig {
 /// A token: compared in constant time, never printed.
 #[derive(Clone)]
 pub struct Secret(String);
+
+impl PartialEq for Secret {
+    fn eq(&self, other: &Secret) -> bool {
+        self.matches(other.0.as_bytes())
+    }
+}
 
 impl Secret {
     /// Wraps a token.

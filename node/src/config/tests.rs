@@ -826,6 +826,37 @@ fn shipped(name: &str) -> (PathBuf, String) {
     (file, text)
 }
 
+/// What is named at a reload is a key that can be found in the file.
+#[test]
+fn what_differs_is_named_by_its_key() {
+    let before = "listen: 127.0.0.1:8081\nl2_cache_dir: /a\nadmin: {address: '127.0.0.1:9091', auth_token: a}";
+    let before = good(before);
+    for (after, keys) in [
+        ("l2_cache_dir: /b", &["l2_cache_dir", "admin"][..]),
+        (
+            "l2_cache_dir: /a\nl2_cache_size_bytes: 1g\nslice_patterns: [x]\n\
+             admin: {address: '127.0.0.1:9091', auth_token: b}",
+            &["slice_patterns", "l2_cache_size_bytes", "admin"],
+        ),
+        (
+            "enable_l2_cache: false\nadmin: {address: '127.0.0.1:9091', auth_token: a}",
+            &["enable_l2_cache"],
+        ),
+        (
+            "l2_cache_dir: /a\npurge: {enabled: true, auth_token: p}\n\
+             admin: {address: '127.0.0.1:9091', auth_token: a}",
+            &["purge"],
+        ),
+    ] {
+        let after = good(&format!("listen: 127.0.0.1:8081\n{after}"));
+        let mut named = before.differences(&after);
+        // The queue's memory goes with the disk store.
+        named.retain(|key| *key != "memory_budget");
+        assert_eq!(named, keys, "{after:?}");
+        assert!(after.differences(&after).is_empty());
+    }
+}
+
 #[test]
 fn the_shipped_file_equals_the_defaults() {
     let (_, text) = shipped("pingora_slice.yaml");
