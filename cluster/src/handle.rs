@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::alone::{self, Alone};
 use crate::members::{Member, Members, Role};
-use crate::peer::{Body, PeerError, SliceSource, TlsFiles};
+use crate::peer::{Body, PeerError, Peers, SliceSource, TlsFiles};
 use crate::purge::{Floor, PurgeItem, PurgeMode, Subject};
 use crate::raft::Node;
 use crate::replica::Replica;
@@ -446,6 +446,14 @@ impl Cluster {
     /// The metrics text of every other member, `None` where it did not answer.
     pub async fn metrics_of_peers(&self) -> Vec<(NodeId, Option<bytes::Bytes>)> {
         match &self.inner.life {
+    /// The endpoints, for what they count; none alone.
+    pub fn peers(&self) -> Option<&Peers> {
+        match &self.inner.life {
+            Life::Alone(_) => None,
+            Life::Member(node) => Some(node.shared().peers()),
+        }
+    }
+
             Life::Alone(_) => Vec::new(),
             Life::Member(node) => node.shared().metrics_of_peers().await,
         }

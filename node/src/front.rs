@@ -357,7 +357,6 @@ impl Front {
             self.count_response(found);
             return Ok(Answered::Done);
         }
-        self.metrics.sliced_requests_total.inc();
         let ahead = self.engine.config().max_concurrent_subrequests;
         // HTTP/2 keeps pieces in its own buffer after it has taken them.
         let form = match session.as_downstream().is_http2() {
@@ -381,6 +380,7 @@ impl Front {
             .await?;
         ctx.counted = true;
         self.count_response(found);
+        self.metrics.sliced_requests_total.inc();
         if let Some(text) = heading {
             session.write_response_body(Some(text), false).await?;
         }
@@ -984,6 +984,7 @@ impl ProxyHttp for Front {
     async fn request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         if let Some(status) = framing_fault(session.req_header()) {
             session.set_keepalive(None);
+            self.metrics.requests_total.inc();
             self.refuse(session, ctx, status, "malformed").await?;
             return Ok(true);
         }
@@ -1005,7 +1006,6 @@ impl ProxyHttp for Front {
                     self.refuse(session, ctx, 400, "malformed").await?;
                     return Ok(true);
                 };
-                ctx.passed = Some("method");
                 if !matches!(method, "OPTIONS" | "TRACE") {
                     ctx.may_change = Some(Url { host, target });
                 } else if max_forwards(session.req_header()) == Some(0) {
@@ -1018,6 +1018,7 @@ impl ProxyHttp for Front {
                     self.begin(session, ctx, head, true, &[]).await?;
                     return Ok(true);
                 }
+                ctx.passed = Some("method");
                 self.has_no_room_to_pass(session, ctx).await
             }
         }

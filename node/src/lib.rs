@@ -29,6 +29,7 @@ pub mod pace;
 pub mod page;
 mod pieces;
 pub mod plan;
+pub mod process;
 pub mod purge;
 pub mod slice;
 pub mod stitch;

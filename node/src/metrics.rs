@@ -12,20 +12,25 @@
 
 pub mod merge;
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 use pingora_slice_cluster::{NodeId, PurgeIndex};
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
-    Registry, TextEncoder,
+    Counter, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    Opts, Registry, TextEncoder,
 };
 
 use crate::budget::Sum;
 use crate::l2::L2Stats;
+use crate::process::{Usage, unix_seconds};
 
-/// What every name begins with.
+/// What every name begins with, but for [`OF_PROCESS`].
 pub const PREFIX: &str = "pingora_slice_";
+/// What the names that every exporter has begin with.
+pub const OF_PROCESS: &str = "process_";
 
 /// Seconds: from a hit in memory to a large object over a slow line.
 const SERVE_SECONDS: &[f64] = &[
@@ -48,6 +53,7 @@ macro_rules! metrics {
         #[derive(Debug)]
         pub struct Metrics {
             registry: Registry,
+            started: SystemTime,
             /// Held while gauges are set and read, so that two scrapes do not mix.
             scrape: Mutex<()>,
             $($(#[doc = $help])+ pub $name: $kind,)+
@@ -64,6 +70,7 @@ macro_rules! metrics {
                         labels: &[$($((stringify!($label), &[$($value),*] as &[&str])),+)?],
                         buckets: (&[$($buckets)?] as &[&[f64]]).first().copied().unwrap_or_default(),
                     }),)+
+                    started: SystemTime::now(),
                     scrape: Mutex::new(()),
                     registry,
                 }
@@ -86,11 +93,11 @@ metrics! {
     responses_total: IntCounterVec {cache = ["HIT" "MISS" "STALE" "REVALIDATED" "PASS"]};
     /// Seconds from a request's head to the last byte of its answer. Depends on object sizes and clients' lines: compare it with itself.
     request_duration_seconds: Histogram in SERVE_SECONDS;
-    /// Seconds from a request's head to the first byte of its answer. What a user feels; worry when the 99th percentile leaves the origin's own.
+    /// Seconds from a request's head to the first byte of its answer. What a user feels. Worry when the 99th percentile leaves the origin's own.
     time_to_first_byte_seconds: Histogram in SERVE_SECONDS;
     /// Milliseconds, average since start of request_duration_seconds.
     request_duration_ms_avg: Gauge;
-    /// Seconds in which the slices of one answer were read and put in order, waiting for the client not counted.
+    /// Seconds in which the slices of one answer were read and put in order, waiting for the client not counted. Worry when it grows and clients' lines do not: disk, peers or the origin are slow.
     assembly_duration_seconds: Histogram in SERVE_SECONDS;
     /// Milliseconds, average since start of assembly_duration_seconds.
     assembly_duration_ms_avg: Gauge;
@@ -102,9 +109,9 @@ metrics! {
     cache_misses_total: IntCounter;
     /// Percent, 0 to 100: hits of hits and misses since start. Worry below 50 for ten minutes.
     cache_hit_rate: Gauge;
-    /// Failures of the disk store that requests went on without: damaged entries, dropped writes. Worry when it grows at all.
+    /// Damage found in what was stored, in memory and on disk, and had again: the sum of l1_damaged_total, parts_damaged_total and l2_damaged_total. Worry when it grows at all.
     cache_errors_total: IntCounter;
-    /// Slices delivered, by source. Worry when origin grows while l1 and l2 do not.
+    /// Slices delivered, by source. Worry when origin grows while l1, l2 and peer do not.
     slices_total: IntCounterVec {source = ["l1" "l2" "flight" "peer" "origin"]};
     /// Bytes in the memory store; at most l1_cache_size_bytes.
     l1_bytes: Gauge;
@@ -120,9 +127,9 @@ metrics! {
     memory_taken_bytes: GaugeVec {part = ["l1" "connections" "transfers"]};
     /// Requests, slices and connections refused because no memory came free in time. Worry when it grows: memory_budget is too small for the load.
     memory_refusals_total: IntCounter;
-    /// Times that an answer let go of its read-ahead, because its client had taken nothing for a second.
+    /// Times that an answer let go of its read-ahead, because its client had taken nothing for a second: clients are slower than the cache.
     answers_stalled_total: IntCounter;
-    /// Clients let go because they took their answer too slowly (client_timeouts), or for longer than its total.
+    /// Clients let go because they took their answer too slowly (client_timeouts), or for longer than its total. Worry when it grows after client_timeouts were made stricter: honest clients are cut.
     clients_too_slow_total: IntCounter;
     /// Requests that this node took while it held no lease: it answers nothing from its cache unasked. Worry when it grows: it is cut off from the others.
     fenced_requests_total: IntCounter;
@@ -132,6 +139,8 @@ metrics! {
     l2_writes_dropped_total: IntCounter;
     /// Entries on disk found damaged, dropped and fetched again. Worry when it grows at all: the disk loses data.
     l2_damaged_total: IntCounter;
+    /// Slices on disk that were read since they were written, and written again when their region was taken for others.
+    l2_rewritten_total: IntCounter;
     /// 0 while the disk store is configured and cannot be written, else 1. Worry at 0: the disk is full, unreadable or gone.
     l2_writable: Gauge;
 
@@ -144,7 +153,7 @@ metrics! {
     retried_subrequests_total: IntCounter;
     /// Percent, 0 to 100: failed of all fetches since start. Worry above 1; above 5 it is critical. The alerts look at the last minutes instead.
     subrequest_failure_rate: Gauge;
-    /// Seconds from a fetch's start to its last byte, all tries counted.
+    /// Seconds from a fetch's start to its last byte, all tries counted. Worry when it grows: the origin, or the way to it, is slow.
     subrequest_duration_seconds: Histogram in SERVE_SECONDS;
     /// Milliseconds, average since start of subrequest_duration_seconds.
     subrequest_duration_ms_avg: Gauge;
@@ -176,12 +185,18 @@ metrics! {
     purge_auth_failures_total: IntCounterVec {reason = ["missing_token" "invalid_token" "not_loopback" "proxied"]};
     /// Times that another node was asked what it makes of a purge just answered (at most ten purges a second).
     observations_total: IntCounter;
-    /// Of these, with the promise broken: it would have answered with older bytes. Always 0; else report it, with the log.
+    /// Of these, with the promise broken: it would have answered with older bytes. Worry when it is not 0: report it, with the log.
     stale_after_ack_total: IntCounter;
 
     // Cluster.
     /// Requests to other nodes, by node and how they ended. Worry about a peer whose share of ok falls.
     peer_requests_total: IntCounterVec {peer = [], result = []};
+    /// What arrived from other nodes, or from who would be one, and was not answered. Worry when handshake or not-member grows: a certificate has ended, or somebody is trying.
+    peer_faults_total: IntCounterVec {reason = ["handshake" "not-member" "bad-frame" "busy" "body-broken"]};
+    /// Largest UDP payload, in bytes, known to pass to and from a node: the least of its connections for slices. Worry when it stays at 1200: the network passes no larger packets, which costs CPU.
+    link_mtu_bytes: GaugeVec {peer = []};
+    /// End of a certificate, in seconds since 1970: this node's own among peers, and the first of listen.tls to end, as read at the start. Worry 30 days before.
+    certificate_expires_seconds: GaugeVec {which = []};
     /// 1 if this node has reached that one within the last few seconds, else 0. Worry at 0 for a minute.
     node_up: GaugeVec {node = []};
     /// Log index of the ring in use. Worry when nodes differ for longer than a few seconds.
@@ -190,8 +205,20 @@ metrics! {
     purge_index: Gauge;
     /// 1 while this node may answer from its cache, else 0: then it asks the origin for everything. Worry at 0 for more than a few seconds.
     lease_valid: Gauge;
-    /// 1, for its label: the release that runs here.
+    /// 1, for its label: the release that runs here. Worry when nodes differ and no upgrade is under way.
     build_info: GaugeVec {version = []};
+
+    // Process.
+    /// Bytes of memory that the process has in RAM. Worry when it is more than a tenth above the sum of memory_budget_bytes.
+    process_resident_memory_bytes: Gauge;
+    /// Descriptors open now. Worry above four fifths of process_max_fds: without one nobody is accepted.
+    process_open_fds: Gauge;
+    /// Descriptors that the process may open.
+    process_max_fds: Gauge;
+    /// Seconds on processors, all threads.
+    process_cpu_seconds_total: Counter;
+    /// Start of the process, in seconds since 1970. Worry when it changes unasked: it was restarted.
+    process_start_time_seconds: Gauge;
 }
 
 /// What is read from the node at a scrape.
@@ -213,6 +240,12 @@ pub struct Gauges {
     pub lease_valid: bool,
     /// Members, and whether they were reached lately.
     pub nodes_up: Vec<(NodeId, bool)>,
+    /// What arrived from peers and was not answered, by reason.
+    pub peer_faults: Vec<(&'static str, u64)>,
+    /// The connections for slices: peer, largest payload that passes.
+    pub links: Vec<(NodeId, u16)>,
+    /// What the process has taken.
+    pub process: Usage,
 }
 
 impl Metrics {
@@ -288,7 +321,25 @@ impl Metrics {
         catch_up(&self.l2_writes_total, l2.writes);
         catch_up(&self.l2_writes_dropped_total, l2.dropped);
         catch_up(&self.l2_damaged_total, l2.damaged);
-        catch_up(&self.cache_errors_total, l2.dropped + l2.damaged);
+        catch_up(&self.l2_rewritten_total, l2.rewritten);
+        for (reason, count) in &gauges.peer_faults {
+            catch_up(&self.peer_faults_total.with_label_values(&[reason]), *count);
+        }
+        self.link_mtu_bytes.reset();
+        let mut least = BTreeMap::new();
+        for (peer, mtu_bytes) in &gauges.links {
+            let least = least.entry(peer).or_insert(*mtu_bytes);
+            *least = (*least).min(*mtu_bytes);
+        }
+        for (peer, mtu_bytes) in least {
+            self.link_mtu_bytes
+                .with_label_values(&[&peer.to_string()])
+                .set(f64::from(mtu_bytes));
+        }
+        catch_up(
+            &self.cache_errors_total,
+            self.l1_damaged_total.get() + self.parts_damaged_total.get() + l2.damaged,
+        );
         self.ring_epoch.set(gauges.ring_epoch as f64);
         self.purge_index.set(gauges.purge_index.0 as f64);
         self.lease_valid.set(f64::from(gauges.lease_valid));
@@ -302,6 +353,15 @@ impl Metrics {
         self.build_info
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
             .set(1.0);
+        let process = gauges.process;
+        self.process_resident_memory_bytes
+            .set(process.resident_bytes as f64);
+        self.process_open_fds.set(process.open_descriptors as f64);
+        self.process_max_fds.set(process.descriptors_max as f64);
+        let cpu = process.cpu.as_secs_f64() - self.process_cpu_seconds_total.get();
+        self.process_cpu_seconds_total.inc_by(cpu.max(0.0));
+        self.process_start_time_seconds
+            .set(unix_seconds(self.started));
         let families = self.registry.gather();
         TextEncoder::new()
             .encode_to_string(&families)
@@ -353,7 +413,11 @@ struct Declaration {
 
 impl Declaration {
     fn opts(&self) -> Opts {
-        Opts::new(format!("{PREFIX}{}", self.name), self.help.trim())
+        let prefix = match self.name.starts_with(OF_PROCESS) {
+            true => "",
+            false => PREFIX,
+        };
+        Opts::new(format!("{prefix}{}", self.name), self.help.trim())
     }
 
     fn histogram_opts(&self) -> HistogramOpts {
@@ -416,7 +480,7 @@ macro_rules! labelled {
     )+};
 }
 
-single! { IntCounter opts; Gauge opts; Histogram histogram_opts; }
+single! { IntCounter opts; Counter opts; Gauge opts; Histogram histogram_opts; }
 labelled! { IntCounterVec opts; GaugeVec opts; HistogramVec histogram_opts; }
 
 #[cfg(test)]
@@ -486,6 +550,7 @@ mod tests {
     fn gauges_are_computed_when_read() {
         let metrics = Metrics::new();
         metrics.cache_hits_total.inc_by(3);
+        metrics.l1_damaged_total.inc();
         metrics.cache_misses_total.inc();
         metrics.request_duration_seconds.observe(0.25);
         metrics.request_duration_seconds.observe(0.75);
@@ -499,6 +564,8 @@ mod tests {
             }),
             lease_valid: true,
             nodes_up: vec![(NodeId(1), true), (NodeId(2), false)],
+            peer_faults: vec![("busy", 4)],
+            links: vec![(NodeId(2), 1452), (NodeId(2), 1200), (NodeId(3), 1452)],
             ..Gauges::default()
         };
         let text = metrics.render(&gauges);
@@ -509,8 +576,12 @@ mod tests {
             "l2_bytes 5",
             "l2_writable 0",
             "l2_writes_dropped_total 2",
-            "cache_errors_total 3",
+            "cache_errors_total 2",
             "lease_valid 1",
+            "peer_faults_total{reason=\"busy\"} 4",
+            "peer_faults_total{reason=\"handshake\"} 0",
+            "link_mtu_bytes{peer=\"2\"} 1200",
+            "link_mtu_bytes{peer=\"3\"} 1452",
             "node_up{node=\"1\"} 1",
             "node_up{node=\"2\"} 0",
         ] {

@@ -15,7 +15,8 @@ use anyhow::{Context, anyhow};
 use pingora_core::listeners::tls::TlsSettings;
 use pingora_core::server::configuration::{Opt, ServerConf};
 use pingora_core::server::{ExecutionPhase, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch};
-use pingora_slice_cluster::Cluster;
+use pingora_slice_cluster::peer::certificate_expires;
+use pingora_slice_cluster::{Cluster, handle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
@@ -31,6 +32,7 @@ use crate::listening::Listening;
 use crate::metrics::Metrics;
 use crate::observer::Watched;
 use crate::origin::Origin;
+use crate::process::{ORIGIN_IDLE_MAX, descriptors_needed, raise_descriptors, unix_seconds};
 use crate::purge::{Naming, Purger};
 
 /// How long the two processes of a hand-over wait for each other's socket.
@@ -57,6 +59,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
             new_server(&config, &socket, false)
         }
         (Ok(path), true) => {
+    warn_of_few_descriptors(&config);
             tracing::info!(path, "waiting for the running process: send it SIGQUIT");
             new_server(&config, &socket, true)
         }
@@ -83,6 +86,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
                 settings.bytes_max = beside_purges(settings.bytes_max);
             }
             Some(until(deadline, || L2::open(settings.clone()))?)
+    tell_when_certificates_end(&config, &metrics);
         }
         _ => None,
     };
@@ -233,6 +237,39 @@ fn until<T, E>(deadline: Instant, mut attempt: impl FnMut() -> Result<T, E>) -> 
             outcome => return outcome,
         }
     }
+/// Those that this process reads at its start; another needs another start.
+fn tell_when_certificates_end(config: &Config, metrics: &Metrics) {
+    let peer = config.cluster.as_ref().map(|cluster| &cluster.tls.cert);
+    let listen = config
+        .listen
+        .iter()
+        .filter_map(|listen| listen.tls.as_ref());
+    let listen = listen.filter_map(|tls| certificate_expires(&tls.cert));
+    for (which, end) in [
+        ("peer", peer.and_then(|cert| certificate_expires(cert))),
+        ("listen", listen.min()),
+    ] {
+        if let Some(end) = end {
+            metrics
+                .certificate_expires_seconds
+                .with_label_values(&[which])
+                .set(unix_seconds(end));
+        }
+    }
+}
+
+fn warn_of_few_descriptors(config: &Config) {
+    let needed = descriptors_needed(&config.memory, u64::from(config.slice_bytes));
+    if let Some(limit) = raise_descriptors().filter(|limit| *limit < needed) {
+        tracing::warn!(
+            limit,
+            needed,
+            "fewer descriptors than memory_budget admits clients and fetches: raise LimitNOFILE \
+             or ulimit -n, or lower memory_budget"
+        );
+    }
+}
+
 }
 
 /// What is left of `l2_cache_size_bytes` for the cache where a lone machine
@@ -314,7 +351,7 @@ fn server_conf(config: &Config) -> ServerConf {
         // way. `run` waits for the answers instead, and ends the process.
         grace_period_seconds: Some(config.drain_timeout.as_secs() + 60),
         graceful_shutdown_timeout_seconds: Some(0),
-        upstream_keepalive_pool_size: 512,
+        upstream_keepalive_pool_size: ORIGIN_IDLE_MAX,
         // Pingora counts tries; each upstream that cannot be connected to is one.
         max_retries: config.max_retries as usize + config.upstreams.len(),
         ..ServerConf::default()

@@ -1,7 +1,7 @@
 //! What the pages of `docs/` say is shown exists: each test that they name is
 //! there, and so is each metric.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -112,30 +112,52 @@ fn every_row_of_the_engines_tables_has_a_test() {
     }
 }
 
-/// The metrics that `metrics.rs` declares, without their prefix.
-fn declared_metrics() -> BTreeSet<String> {
+/// The metrics that `metrics.rs` declares, without their prefix, and their `HELP`.
+fn declared_metrics() -> BTreeMap<String, String> {
     let source = fs::read_to_string(root().join("node/src/metrics.rs")).unwrap();
     let table = source.split("\nmetrics! {\n").nth(1).unwrap();
     let table = table.split("\n}\n").next().unwrap();
-    let lines = table.lines().map(str::trim);
-    let lines = lines.filter(|line| !line.is_empty() && !line.starts_with("//"));
-    lines
-        .map(|line| line.split(':').next().unwrap().to_owned())
-        .collect()
+    let mut declared = BTreeMap::new();
+    let mut help = String::new();
+    for line in table.lines().map(str::trim) {
+        if let Some(text) = line.strip_prefix("///") {
+            help += text;
+        } else if !line.is_empty() && !line.starts_with("//") {
+            let name = line.split(':').next().unwrap().to_owned();
+            declared.insert(name, std::mem::take(&mut help).trim().to_owned());
+        }
+    }
+    declared
 }
 
-/// The table of metrics is complete, and tells of none that is gone.
+/// The table of metrics is complete, tells of none that is gone, and says what
+/// their `HELP` says.
 #[test]
 fn operators_are_told_of_every_metric() {
     let page = fs::read_to_string(root().join("docs/OPERATIONS.md")).unwrap();
     let tables = page.split("### Every metric").nth(1).unwrap();
-    let rows = tables.lines().filter_map(|line| line.strip_prefix("| `"));
-    let told: BTreeSet<String> = rows
-        .map(|row| row.split(['`', '{']).next().unwrap().to_owned())
+    let rows = tables.lines().filter(|line| line.starts_with("| `"));
+    let told: BTreeMap<String, String> = rows
+        .map(|row| {
+            let row = row.replace('`', "");
+            let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+            let [name, _unit, what, worry] = cells[..] else {
+                panic!("{row}")
+            };
+            let text = match worry {
+                "-" => format!("{what}."),
+                worry => format!("{what}. Worry {worry}."),
+            };
+            (name.split('{').next().unwrap().to_owned(), text)
+        })
         .collect();
     let declared = declared_metrics();
     assert!(declared.len() > 50, "is this still how they are declared?");
-    assert_eq!(told, declared);
+    let names = |of: &BTreeMap<String, String>| of.keys().cloned().collect::<BTreeSet<_>>();
+    assert_eq!(names(&told), names(&declared));
+    for (name, help) in &declared {
+        assert_eq!(&told[name], help, "{name}");
+    }
 }
 
 /// No alert waits for a metric that nobody counts.
@@ -143,14 +165,29 @@ fn operators_are_told_of_every_metric() {
 fn alerts_ask_for_metrics_that_exist() {
     let rules = fs::read_to_string(root().join("configs/alerts.yml")).unwrap();
     let declared = declared_metrics();
-    let asked = rules.split("pingora_slice_").skip(1).map(|rest| {
-        let ends = |c: char| !c.is_ascii_alphanumeric() && c != '_';
-        rest.split(ends).next().unwrap()
+    let word = |c: char| !c.is_ascii_alphanumeric() && c != '_';
+    let asked = rules.split(word).filter_map(|word| {
+        let process = Some(word).filter(|word| word.starts_with("process_"));
+        word.strip_prefix("pingora_slice_").or(process)
     });
     for name in asked {
         assert!(
-            declared.contains(name),
+            declared.contains_key(name),
             "configs/alerts.yml asks for {name}"
         );
+    }
+}
+
+/// What an operator is to worry about at the first time raises an alert.
+#[test]
+fn damage_and_failed_purges_raise_alerts() {
+    let rules = fs::read_to_string(root().join("configs/alerts.yml")).unwrap();
+    for name in [
+        "l1_damaged_total",
+        "parts_damaged_total",
+        "l2_damaged_total",
+        "purge_requests_by_result{result=\"failure\"}",
+    ] {
+        assert!(rules.contains(&format!("pingora_slice_{name}")), "{name}");
     }
 }

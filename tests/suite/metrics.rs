@@ -1,6 +1,7 @@
 //! What the operator sees adds up.
 
-use pingora_slice_tests::{Ask, MIB, SLICE_BYTES, TestCluster};
+use pingora_slice_tests::quick::Quick;
+use pingora_slice_tests::{Ask, MIB, Options, SLICE_BYTES, TestCluster};
 
 const NAMES: &[&str] = &[
     "requests_total",
@@ -75,6 +76,12 @@ async fn the_counters_agree_with_the_origin_and_the_clients() {
     );
     assert_eq!(cluster.metric_sum("passthrough_requests_total").await, 1.0);
 
+    // Certificates of the tests last two years, too; nobody was refused.
+    let end = own.sample("certificate_expires_seconds{which=\"peer\"}");
+    assert!(end.is_some_and(|end| end > 1.7e9), "{end:?}");
+    assert_eq!(own.sum("peer_faults_total"), 0.0);
+    assert!(own.sum("link_mtu_bytes") >= 1200.0);
+
     let merged = cluster.node(2).cluster_metrics().await;
     for name in [
         "requests_total",
@@ -136,4 +143,36 @@ async fn a_person_finds_a_page_and_a_probe_its_answers() {
         .send(cluster.node(1).admin_address())
         .await;
     assert_eq!(without_token.unwrap().status, 401);
+}
+
+/// Each request is counted once, as what became of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_are_counted_as_what_became_of_them() {
+    let mut cluster = Options::alone().set("max_retries", "0").start().await;
+    let node = cluster.node(1);
+    // Answered here, though their methods are passed.
+    for method in ["OPTIONS", "TRACE"] {
+        node.ask(Ask::new(method, "/film").header("max-forwards", "0"))
+            .await;
+    }
+    let mut quick = Quick::connect(node.address()).await.unwrap();
+    let misread =
+        b"GET /film HTTP/1.1\r\nHost: films.test\r\nTransfer-Encoding: gzip, chunked\r\n\r\n";
+    assert!(matches!(quick.ask(misread).await, Ok(501)));
+    // Known, and then its bytes cannot be had.
+    let film = cluster.origin.publish("/film", 4 * SLICE_BYTES);
+    node.ask(Ask::get("/film").range("bytes=0-99")).await;
+    cluster.origin.stop().await;
+    let node = cluster.node(1);
+    let last = format!("bytes={}-", film.length() - 10);
+    let failed = node.ask(Ask::get("/film").range(&last)).await;
+    assert!(failed.status >= 500, "{}", failed.status);
+    node.until("all are counted", async || {
+        node.metrics().await.sum("request_duration_seconds_count") >= 5.0
+    })
+    .await;
+    let metrics = node.metrics().await;
+    assert_eq!(metrics.sum("requests_total"), 5.0);
+    assert_eq!(metrics.sum("passthrough_requests_total"), 0.0);
+    assert_eq!(metrics.sum("sliced_requests_total"), 1.0);
 }

@@ -1,9 +1,11 @@
 //! The process and its signals: how it stops, reloads, and hands over.
 
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pingora_slice_tests::cluster::binary;
 use pingora_slice_tests::http::Ask;
 use pingora_slice_tests::{Fault, MIB, Options, TestCluster};
 use rustix::process::Signal;
@@ -255,4 +257,26 @@ async fn http2_without_tls_is_spoken_where_it_is_asked_for() {
         .expect("curl is installed");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(said, format!("2 200 {MIB}"), "{output:?}");
+}
+
+/// A shell's limit of descriptors is raised to what the system allows; where
+/// that is too little for the memory that may be used, it is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn descriptors_are_raised_to_the_hard_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("limited");
+    let program = binary("pingora-slice");
+    let text = format!(
+        "#!/bin/sh\nulimit -Sn 256 && ulimit -Hn 777 && exec '{}' \"$@\"\n",
+        program.display()
+    );
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let cluster = Options::alone().program(script).start().await;
+    let page = Ask::get("/metrics")
+        .send(cluster.node(1).metrics_address())
+        .await;
+    let page = page.unwrap().text();
+    assert!(page.contains("\nprocess_max_fds 777\n"), "{page}");
+    assert!(cluster.node(1).log().contains("fewer descriptors"));
 }

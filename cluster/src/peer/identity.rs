@@ -11,6 +11,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use ring::hmac;
@@ -209,6 +210,15 @@ impl Identity {
             );
         }
     }
+}
+
+/// When the first certificate of a PEM file ends; `None` where there is none
+/// that can be read.
+pub fn certificate_expires(path: &Path) -> Option<SystemTime> {
+    let chain = certificates("certificate", path, "").ok()?;
+    let (_, parsed) = X509Certificate::from_der(chain.first()?).ok()?;
+    let seconds = parsed.validity().not_after.timestamp().try_into().ok()?;
+    UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
 /// The number of the node at the other end, from its verified certificate.

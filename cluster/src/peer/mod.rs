@@ -44,6 +44,7 @@ use tokio_util::task::TaskTracker;
 
 use self::dial::{Dialler, Place};
 use self::identity::Identity;
+pub use self::identity::certificate_expires;
 use self::serve::{Protocol, Server};
 use crate::handle::StartError;
 use crate::handle::StoredStamp;
@@ -206,6 +207,18 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Each by the name that operators know it by.
+    pub fn by_reason(&self) -> [(&'static str, u64); 5] {
+        [
+            ("handshake", &self.handshakes_failed),
+            ("not-member", &self.not_members),
+            ("bad-frame", &self.bad_frames),
+            ("busy", &self.busy),
+            ("body-broken", &self.bodies_broken),
+        ]
+        .map(|(reason, counter)| (reason, counter.load(Ordering::Relaxed)))
+    }
+
     fn count(counter: &AtomicU64) {
         counter.fetch_add(1, Ordering::Relaxed);
     }

@@ -15,6 +15,7 @@ use crate::flight::{FillError, Form};
 use crate::freshness::{Demands, Use, unix_ms};
 use crate::manifest::{Stored, Url};
 use crate::metrics::Gauges;
+use crate::process::Usage;
 use crate::purge::{Naming, parse_url};
 
 /// Slices that an explanation lists.
@@ -134,6 +135,14 @@ impl Inspect for Engine {
                 .iter()
                 .map(|node| (node.member.id, node.up))
                 .collect(),
+            peer_faults: cluster
+                .peers()
+                .map_or_else(Vec::new, |peers| peers.counters().by_reason().to_vec()),
+            links: cluster.peers().map_or_else(Vec::new, |peers| {
+                let links = peers.links().into_iter();
+                links.map(|link| (link.peer, link.mtu_bytes)).collect()
+            }),
+            process: Usage::now(),
         }
     }
 }

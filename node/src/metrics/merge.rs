@@ -21,7 +21,7 @@ use std::fmt::Write;
 
 use pingora_slice_cluster::NodeId;
 
-use super::{PREFIX, average_ms, percent};
+use super::{OF_PROCESS, PREFIX, average_ms, percent};
 
 /// Longest text taken from one node, bytes: ours has some 20 KiB, and 100 more
 /// per peer.
@@ -378,7 +378,9 @@ fn label_end(text: &str) -> Option<usize> {
 
 /// `name`, if it is one that our nodes use.
 fn ours(name: &str) -> Option<String> {
-    let rest = name.strip_prefix(PREFIX)?;
+    let rest = name
+        .strip_prefix(PREFIX)
+        .or_else(|| name.strip_prefix(OF_PROCESS))?;
     let valid = rest
         .bytes()
         .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
