@@ -9,7 +9,7 @@ RUN cargo build --locked --release --package pingora-slice --package pingora-sli
 FROM debian:bookworm-slim
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --no-create-home pingora-slice && \
-    mkdir -p /etc/pingora-slice/tls /var/cache/pingora-slice /var/lib/pingora-slice && \
+    mkdir -p /etc/pingora-slice/tls /etc/pingora-slice/nodes/1 /etc/pingora-slice/nodes/2 /etc/pingora-slice/nodes/3 /var/cache/pingora-slice /var/lib/pingora-slice && \
     chown -R 10001:10001 /etc/pingora-slice /var/cache/pingora-slice /var/lib/pingora-slice
 COPY --from=build /src/target/release/pingora-slice /src/target/release/pingora-slicectl /usr/local/bin/
 USER 10001:10001

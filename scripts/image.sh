@@ -10,7 +10,7 @@ user=10001
 
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
-mkdir -p "$root"/{usr/local/bin,etc/ssl/certs,etc/pingora-slice/tls,tmp}
+mkdir -p "$root"/{usr/local/bin,etc/ssl/certs,etc/pingora-slice/{tls,nodes/{1,2,3}},tmp}
 mkdir -p "$root"/var/{cache,lib}/pingora-slice
 
 for binary in pingora-slice pingora-slicectl; do

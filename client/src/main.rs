@@ -62,7 +62,12 @@ enum Wait {
 #[derive(Subcommand)]
 enum Command {
     /// The cluster as the asked node sees it
-    Status,
+    Status {
+        /// Exit with 1 unless this node may answer from its cache: it holds a
+        /// lease, or runs alone
+        #[arg(long)]
+        ready: bool,
+    },
     /// Forget objects, provably: when this succeeds, no node serves older bytes
     Purge(PurgeArgs),
     /// All nodes
@@ -177,7 +182,11 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         _ => Client::new(&cli.server, &token(cli)),
     };
     match &cli.command {
-        Command::Status => show(output, &client.cluster()?, print::status),
+        Command::Status { ready } => {
+            let cluster = client.cluster()?;
+            show(output, &cluster, print::status)?;
+            Ok(!ready || cluster.lease_valid)
+        }
         Command::Nodes => show(output, &client.cluster()?.nodes, |nodes| {
             print::nodes(nodes)
         }),

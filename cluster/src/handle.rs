@@ -16,7 +16,7 @@ use crate::alone::{self, Alone};
 use crate::members::{Member, Members, Role};
 use crate::peer::{Body, PeerError, Peers, SliceSource, TlsFiles};
 use crate::purge::{Floor, PurgeItem, PurgeMode, Subject};
-use crate::raft::Node;
+use crate::raft::{self, Node};
 use crate::replica::Replica;
 use crate::ring::Ring;
 use crate::slice::HashKey;
@@ -26,6 +26,9 @@ use crate::{Epoch, IS_CHECKED, NodeId, PurgeIndex};
 
 /// Purges that [`Cluster::recent_purges`] tells of: what a page shows.
 const RECENT_PURGES_MAX: usize = 50;
+
+/// Longest that [`Cluster::stop`] takes.
+pub const STOP_MAX: Duration = raft::STOP_MAX;
 
 /// The `cluster:` section of the configuration, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -443,9 +446,6 @@ impl Cluster {
         }
     }
 
-    /// The metrics text of every other member, `None` where it did not answer.
-    pub async fn metrics_of_peers(&self) -> Vec<(NodeId, Option<bytes::Bytes>)> {
-        match &self.inner.life {
     /// The endpoints, for what they count; none alone.
     pub fn peers(&self) -> Option<&Peers> {
         match &self.inner.life {
@@ -454,6 +454,9 @@ impl Cluster {
         }
     }
 
+    /// The metrics text of every other member, `None` where it did not answer.
+    pub async fn metrics_of_peers(&self) -> Vec<(NodeId, Option<bytes::Bytes>)> {
+        match &self.inner.life {
             Life::Alone(_) => Vec::new(),
             Life::Member(node) => node.shared().metrics_of_peers().await,
         }

@@ -27,7 +27,7 @@ use crate::config::Config;
 use crate::connection::Clients;
 use crate::engine::Engine;
 use crate::front::Front;
-use crate::l2::{L2, L2_BYTES_MIN};
+use crate::l2::{self, L2, L2_BYTES_MIN};
 use crate::listening::Listening;
 use crate::metrics::Metrics;
 use crate::observer::Watched;
@@ -37,9 +37,17 @@ use crate::purge::{Naming, Purger};
 
 /// How long the two processes of a hand-over wait for each other's socket.
 const MEET_WITHIN: Duration = Duration::from_secs(5);
+/// Until what still runs on the engine's threads is cut.
+const RUNTIME_STOP_MAX: Duration = Duration::from_secs(1);
+/// Longest that the parts take to stop, one after the other, once the answers
+/// are finished or `drain_timeout` is over. Whoever kills a node that does not
+/// end must wait for both.
+pub const PARTS_STOP_MAX: Duration = handle::STOP_MAX
+    .saturating_add(l2::STOP_MAX)
+    .saturating_add(RUNTIME_STOP_MAX);
 /// What a hand-over may take beyond the old process's drain: Pingora's old
-/// process accepts for 5 s more, and its parts take up to 10 s to stop.
-const HAND_OVER_EXTRA: Duration = Duration::from_secs(20);
+/// process accepts for 5 s more, and then its parts stop.
+const HAND_OVER_EXTRA: Duration = Duration::from_secs(5).saturating_add(PARTS_STOP_MAX);
 /// Between two tries to take what the old process still holds.
 const TRY_AGAIN: Duration = Duration::from_millis(50);
 /// Longest path of a Unix socket, without its final zero.
@@ -51,6 +59,7 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// # Errors
 /// A part that cannot be started, or that makes it impossible to go on.
 pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
+    warn_of_few_descriptors(&config);
     let socket = hand_over_socket(&config);
     let mut server = match (&socket, upgrade) {
         (Err(why), true) => return Err(anyhow!("--upgrade: {why}")),
@@ -59,7 +68,6 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
             new_server(&config, &socket, false)
         }
         (Ok(path), true) => {
-    warn_of_few_descriptors(&config);
             tracing::info!(path, "waiting for the running process: send it SIGQUIT");
             new_server(&config, &socket, true)
         }
@@ -78,6 +86,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
     let _inside = runtime.enter();
 
     let metrics = Arc::new(Metrics::new());
+    tell_when_certificates_end(&config, &metrics);
     let deadline = Instant::now() + patience;
     let l2 = match &config.l2 {
         Some(settings) if config.enable_cache => {
@@ -86,7 +95,6 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
                 settings.bytes_max = beside_purges(settings.bytes_max);
             }
             Some(until(deadline, || L2::open(settings.clone()))?)
-    tell_when_certificates_end(&config, &metrics);
         }
         _ => None,
     };
@@ -222,21 +230,13 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
             l2.stop().await;
         }
     });
-    runtime.shutdown_timeout(Duration::from_secs(1));
+    runtime.shutdown_timeout(RUNTIME_STOP_MAX);
     match failure.lock().expect("no panic while held").take() {
         Some(error) => Err(error),
         None => Ok(()),
     }
 }
 
-/// The last result of trying until it succeeds or time is up.
-fn until<T, E>(deadline: Instant, mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
-    loop {
-        match attempt() {
-            Err(_) if Instant::now() < deadline => std::thread::sleep(TRY_AGAIN),
-            outcome => return outcome,
-        }
-    }
 /// Those that this process reads at its start; another needs another start.
 fn tell_when_certificates_end(config: &Config, metrics: &Metrics) {
     let peer = config.cluster.as_ref().map(|cluster| &cluster.tls.cert);
@@ -270,6 +270,14 @@ fn warn_of_few_descriptors(config: &Config) {
     }
 }
 
+/// The last result of trying until it succeeds or time is up.
+fn until<T, E>(deadline: Instant, mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
+    loop {
+        match attempt() {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(TRY_AGAIN),
+            outcome => return outcome,
+        }
+    }
 }
 
 /// What is left of `l2_cache_size_bytes` for the cache where a lone machine

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output, Stdio};
 
-use pingora_slice_tests::cluster::{Ports, binary, ca, issue_certificate};
+use pingora_slice_tests::cluster::{ADMIN_TOKEN, Ports, binary, ca, issue_certificate};
 use pingora_slice_tests::{Ask, MIB, Options, TestCluster};
 
 /// Promise P6, for each node in turn: the downloader's own node is the one that lives.
@@ -178,4 +178,29 @@ async fn a_number_that_lost_its_disk_is_not_let_in_again() {
     );
     let film = cluster.origin.publish("/film", MIB);
     cluster.read_from_every_node(&film).await;
+}
+
+/// A probe by the command line tells a node with a lease from one without.
+#[tokio::test(flavor = "multi_thread")]
+async fn status_says_by_its_exit_code_whether_a_node_is_ready() {
+    let mut cluster = TestCluster::start(3).await;
+    let status = |cluster: &TestCluster, args: &[&str]| {
+        let server = format!("http://{}", cluster.node(1).admin_address());
+        let output = Command::new(binary("pingora-slicectl"))
+            .args(["--server", &server, "--token", ADMIN_TOKEN, "status"])
+            .args(args)
+            .output()
+            .unwrap();
+        output.status.code()
+    };
+    assert_eq!(status(&cluster, &["--ready"]), Some(0));
+    cluster.node_mut(2).kill();
+    cluster.node_mut(3).kill();
+    let node = cluster.node(1);
+    node.until("the lease is over", async || {
+        node.metric("lease_valid").await == 0.0
+    })
+    .await;
+    assert_eq!(status(&cluster, &[]), Some(0));
+    assert_eq!(status(&cluster, &["--ready"]), Some(1));
 }

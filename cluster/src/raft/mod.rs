@@ -72,6 +72,8 @@ const RUNTIME_THREADS: usize = 2;
 const RETRY: Duration = Duration::from_millis(20);
 /// What one step of stopping may take.
 const STOP: Duration = Duration::from_secs(2);
+/// Longest that [`Node::stop`] takes: lease, tasks, openraft, peers, runtime.
+pub(crate) const STOP_MAX: Duration = STOP.saturating_mul(5);
 /// How long a peer may take to say what it makes of a purge.
 const LOOK: Duration = Duration::from_secs(2);
 /// How long a peer may take to send its metrics.

@@ -857,6 +857,64 @@ fn what_differs_is_named_by_its_key() {
     }
 }
 
+/// What has no token or no TLS is not offered to every network.
+#[test]
+fn a_shipped_node_is_operated_from_its_own_machine() {
+    for node in ["node1.yaml", "node2.yaml", "node3.yaml"] {
+        let (_, text) = shipped(node);
+        for (ip, env) in [("127.0.0.1", None), ("10.0.0.1", Some("10.0.0.1"))] {
+            let mut vars = vec![("PURGE_TOKEN", "p"), ("ADMIN_TOKEN", "a")];
+            vars.extend(env.map(|ip| ("OPERATOR_IP", ip)));
+            let config = parse_with(&text, &vars, None).unwrap_or_else(|e| panic!("{node}\n{e}"));
+            let admin = config.admin.unwrap().address;
+            for address in [config.metrics_endpoint.unwrap(), admin] {
+                assert_eq!(address.ip().to_string(), ip, "{node}");
+            }
+        }
+    }
+}
+
+/// No container sees the authority's key, nor another node's.
+#[test]
+fn a_container_sees_its_own_key_alone() {
+    let (_, text) = shipped("../docker-compose.yml");
+    let compose: Value = serde_yaml::from_str(&text).unwrap();
+    for node in 1..=3 {
+        let volumes = &compose["services"][format!("node{node}")]["volumes"];
+        let volumes = volumes.as_sequence().unwrap();
+        let tls: Vec<&str> = volumes
+            .iter()
+            .filter_map(Value::as_str)
+            .filter(|volume| volume.contains("/etc/pingora-slice/tls"))
+            .collect();
+        assert_eq!(tls, [format!("tls{node}:/etc/pingora-slice/tls:ro")]);
+        assert!(
+            !volumes
+                .iter()
+                .any(|v| v.as_str().unwrap().starts_with("certs:"))
+        );
+    }
+}
+
+/// Who kills a node that does not end waits for all that may take its time.
+#[test]
+fn a_node_that_stops_in_good_order_is_not_killed() {
+    let needed = good("").drain_timeout + crate::node::PARTS_STOP_MAX;
+    let (_, unit) = shipped("pingora-slice.service");
+    let (_, compose) = shipped("../docker-compose.yml");
+    for (text, key) in [
+        (unit, "\nTimeoutStopSec="),
+        (compose, "\n  stop_grace_period: "),
+    ] {
+        let given = text.split(key).nth(1).unwrap().lines().next().unwrap();
+        let seconds = given.trim_end_matches('s').parse().unwrap();
+        assert!(
+            Duration::from_secs(seconds) > needed,
+            "{key}{given}: {needed:?}"
+        );
+    }
+}
+
 #[test]
 fn the_shipped_file_equals_the_defaults() {
     let (_, text) = shipped("pingora_slice.yaml");

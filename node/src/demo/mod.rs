@@ -59,6 +59,10 @@ enum Part {
         /// How many nodes; node 1 is the host `node1`, and so on.
         #[arg(long, value_name = "N", default_value_t = NODES)]
         nodes: u64,
+        /// Also give each node a directory of its own, DIR/1 and so on, with
+        /// ca.pem, its certificate and its key: no node needs more.
+        #[arg(long, value_name = "DIR")]
+        hand_out: Option<PathBuf>,
     },
 }
 
@@ -88,7 +92,11 @@ pub fn run(args: DemoArgs) -> ExitCode {
     let result = runtime.block_on(async {
         match args.part {
             Some(Part::Origin { dir, listen }) => serve_files(dir, listen).await,
-            Some(Part::Certs { dir, nodes }) => issue_missing(&dir, nodes),
+            Some(Part::Certs {
+                dir,
+                nodes,
+                hand_out,
+            }) => issue_missing(&dir, nodes, hand_out.as_deref()),
             None => demo(args.once, args.dir).await,
         }
     });
@@ -113,14 +121,25 @@ async fn serve_files(dir: PathBuf, listen: SocketAddr) -> Result<()> {
 }
 
 /// Can be run again: what is there is kept.
-fn issue_missing(dir: &Path, nodes: u64) -> Result<()> {
+fn issue_missing(dir: &Path, nodes: u64, hand_out: Option<&Path>) -> Result<()> {
     if !dir.join("ca.pem").exists() {
         ca_init(dir)?;
     }
     for id in 1..=nodes {
         let name = format!("node{id}");
         if !dir.join(format!("{name}.pem")).exists() {
-            ca_issue(dir, id, &[name])?;
+            ca_issue(dir, id, std::slice::from_ref(&name))?;
+        }
+        if let Some(own) = hand_out.map(|all| all.join(id.to_string())) {
+            std::fs::create_dir_all(&own)?;
+            let (cert, key) = (format!("{name}.pem"), format!("{name}.key"));
+            for file in ["ca.pem", &cert, &key] {
+                let to = own.join(file);
+                if !to.exists() {
+                    std::fs::copy(dir.join(file), &to)
+                        .with_context(|| format!("{} cannot be written", to.display()))?;
+                }
+            }
         }
     }
     Ok(())
@@ -685,4 +704,25 @@ fn title(text: &str) {
 
 fn say(text: &str) {
     println!("   {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_handed_its_own_key_and_no_other() {
+        let home = tempfile::tempdir().unwrap();
+        let (authority, nodes) = (home.path().join("tls"), home.path().join("nodes"));
+        // Twice: what is there is kept.
+        for _ in 0..2 {
+            issue_missing(&authority, 2, Some(&nodes)).unwrap();
+        }
+        let own = std::fs::read_dir(nodes.join("2")).unwrap();
+        let mut names: Vec<_> = own.map(|file| file.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["ca.pem", "node2.key", "node2.pem"]);
+        let key = |dir: &Path| std::fs::read(dir.join("node2.key")).unwrap();
+        assert_eq!(key(&authority), key(&nodes.join("2")));
+    }
 }

@@ -37,7 +37,7 @@ use bytes::Bytes;
 use pingora_slice_cluster::SliceId;
 
 use self::store::Store;
-pub use self::store::{L2_BYTES_MIN, QUEUE_BYTES_MAX};
+pub use self::store::{L2_BYTES_MIN, QUEUE_BYTES_MAX, STOP_MAX};
 use crate::slice::{Slice, SliceParts};
 
 /// Time between two tries at a disk that could not be used.

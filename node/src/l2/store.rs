@@ -55,7 +55,9 @@ const PLACE_BYTES: usize = 160;
 /// Bytes read at most where nothing may wait: as long as a large write to a socket.
 const NOW_BYTES_MAX: u32 = 1024 * 1024;
 /// How long `stop` lets the writer work on what is queued, and then on closing.
-const STOP_MAX: Duration = Duration::from_secs(10);
+const STOP_TRY: Duration = Duration::from_secs(10);
+/// Longest that stopping takes: once to write what is queued, once without.
+pub const STOP_MAX: Duration = STOP_TRY.saturating_mul(2);
 
 /// An open store. Cheap to clone.
 #[derive(Clone)]
@@ -391,9 +393,9 @@ impl Store {
             let _ = (&mut stopped).await;
         };
         tokio::pin!(stopping);
-        if tokio::time::timeout(STOP_MAX, &mut stopping).await.is_err() {
+        if tokio::time::timeout(STOP_TRY, &mut stopping).await.is_err() {
             self.shared.is_abandoned.store(true, Ordering::Relaxed);
-            let _ = tokio::time::timeout(STOP_MAX, stopping).await;
+            let _ = tokio::time::timeout(STOP_TRY, stopping).await;
         }
     }
 
