@@ -16,11 +16,13 @@
 //! the writer is answered from its queue.
 //!
 //! A disk that cannot be used at start is tried again in the background: the
-//! node serves meanwhile, from memory and the origin.
+//! node serves meanwhile, from memory and the origin. One that hangs is a miss
+//! after a time, and is left alone for a while (`reads`).
 //! Left out: durability. Nothing is synced, it is a cache.
 
 mod buffers;
 mod index;
+mod reads;
 mod region;
 mod row;
 mod store;
@@ -189,6 +191,8 @@ pub struct L2Stats {
     pub dropped: u64,
     /// Entries found damaged and dropped.
     pub damaged: u64,
+    /// Reads that were given up because the disk hung.
+    pub hung: u64,
     /// Whether writing works at present.
     pub writable: bool,
 }

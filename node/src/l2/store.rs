@@ -13,10 +13,11 @@ use bytes::Bytes;
 use pingora_slice_cluster::SliceId;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tracing::warn;
 
 use super::index::{Index, IndexWriter};
+use super::reads::Reads;
 use super::region::{Place, REGION_BYTES_MAX, ReadError, Regions, entry_bytes};
 use super::row::{INLINE_BYTES_MAX, SliceRow};
 use super::writer::{Job, Writer};
@@ -46,8 +47,6 @@ pub(super) const PROBE_FILE: &str = "probe";
 const QUEUE_JOBS_MAX: usize = 4096;
 /// Bytes that wait for the writer at most: 30 ms of a disk that writes 1 GiB/s.
 pub const QUEUE_BYTES_MAX: u64 = 32 << 20;
-/// Reads at a time, each on a thread of its own.
-const READS_MAX: usize = 64;
 /// Memory of the places that are remembered at most: 5,000 slices of 1 MiB.
 const PLACES_BYTES_MAX: usize = 2 << 20;
 /// What one takes besides its sums.
@@ -64,7 +63,7 @@ pub const STOP_MAX: Duration = STOP_TRY.saturating_mul(2);
 pub(super) struct Store {
     pub(super) shared: Arc<Shared>,
     jobs: SyncSender<Job>,
-    reads: Arc<Semaphore>,
+    reads: Reads,
     places: Arc<Mutex<Places>>,
 }
 
@@ -211,7 +210,7 @@ impl Store {
         Ok(Store {
             shared,
             jobs,
-            reads: Arc::new(Semaphore::new(READS_MAX)),
+            reads: Reads::default(),
             places: Arc::default(),
         })
     }
@@ -380,6 +379,7 @@ impl Store {
             rewritten: shared.rewritten.load(Ordering::Relaxed),
             dropped: shared.dropped.load(Ordering::Relaxed),
             damaged: shared.damaged.load(Ordering::Relaxed),
+            hung: self.reads.given_up(),
             writable: shared.is_writable.load(Ordering::Relaxed),
         }
     }
@@ -399,19 +399,13 @@ impl Store {
         }
     }
 
-    /// Runs `read` where it may wait for the disk.
+    /// Runs `read` where it may wait for the disk; nothing is found where that hangs.
     async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Store) -> Option<T> + Send + 'static,
     ) -> Option<T> {
-        let permit = self.reads.clone().acquire_owned().await.ok()?;
         let l2 = self.clone();
-        let reading = tokio::task::spawn_blocking(move || {
-            let found = read(&l2);
-            drop(permit);
-            found
-        });
-        reading.await.ok()?
+        self.reads.run(move || read(&l2)).await
     }
 
     fn row(&self, id: SliceId) -> Option<SliceRow> {

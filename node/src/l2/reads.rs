@@ -1,0 +1,189 @@
+//! Reads that may wait for the disk: each on a thread of its own, so many at a
+//! time, and nobody waits for a disk that hangs.
+//!
+//! A read that takes too long is given up by who asked; its thread and its
+//! place among the reads come back when the disk answers, if ever. Meanwhile
+//! the disk is left alone: every read is a miss at once, but for some from time
+//! to time that see whether it answers again. A queue before a disk that is
+//! only slow is no fault: who waits for a place gives up only where reads hang.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Semaphore;
+use tracing::{info, warn};
+
+/// Reads at a time, those that hang included.
+const READS_MAX: usize = 64;
+/// How long a read is waited for: the largest slice (10 MiB) beside 63 others
+/// comes from a disk of 400 MB/s in that time.
+const READ_WITHIN: Duration = Duration::from_secs(2);
+/// How long a disk that hangs is left alone.
+const LEFT_ALONE: Duration = Duration::from_secs(5);
+
+/// The reads of one store. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Reads {
+    places: Arc<Semaphore>,
+    shared: Arc<Hanging>,
+    within: Duration,
+    left_alone: Duration,
+}
+
+#[derive(Default)]
+struct Hanging {
+    /// Reads that were given up and have not come back.
+    count: AtomicUsize,
+    /// Until when none is begun while one hangs.
+    until: Mutex<Option<Instant>>,
+    given_up: AtomicU64,
+}
+
+impl Hanging {
+    fn is_left_alone(&self) -> bool {
+        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        self.is_any() && until.is_some_and(|until| Instant::now() < until)
+    }
+
+    fn is_any(&self) -> bool {
+        self.count.load(Ordering::Acquire) > 0
+    }
+}
+
+impl Default for Reads {
+    fn default() -> Self {
+        Reads::new(READS_MAX, READ_WITHIN, LEFT_ALONE)
+    }
+}
+
+impl Reads {
+    fn new(max: usize, within: Duration, left_alone: Duration) -> Reads {
+        Reads {
+            places: Arc::new(Semaphore::new(max)),
+            shared: Arc::default(),
+            within,
+            left_alone,
+        }
+    }
+
+    /// What `read` finds; `None`, too, where the disk hangs.
+    pub(super) async fn run<T: Send + 'static>(
+        &self,
+        read: impl FnOnce() -> Option<T> + Send + 'static,
+    ) -> Option<T> {
+        if self.shared.is_left_alone() {
+            return None;
+        }
+        let place = loop {
+            let place = self.places.clone().acquire_owned();
+            match tokio::time::timeout(self.within, place).await {
+                Ok(place) => break place.ok()?,
+                Err(_) if self.shared.is_any() => {
+                    self.give_up();
+                    return None;
+                }
+                Err(_) => {}
+            }
+        };
+        // Who waited for a place may have it from a read that hung.
+        if self.shared.is_left_alone() {
+            return None;
+        }
+        // Whoever is second to say so, the asker that it gives up or the read
+        // that it has ended, knows of the other.
+        let is_over = Arc::new(Mutex::new(false));
+        let reading = tokio::task::spawn_blocking({
+            let (is_over, shared) = (is_over.clone(), self.shared.clone());
+            move || {
+                let found = read();
+                let mut is_over = is_over.lock().unwrap_or_else(PoisonError::into_inner);
+                if *is_over && shared.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    info!("the disk answers reads again");
+                }
+                *is_over = true;
+                drop(place);
+                found
+            }
+        });
+        match tokio::time::timeout(self.within, reading).await {
+            Ok(found) => found.ok()?,
+            Err(_) => {
+                let mut is_over = is_over.lock().unwrap_or_else(PoisonError::into_inner);
+                if !*is_over {
+                    *is_over = true;
+                    if self.shared.count.fetch_add(1, Ordering::AcqRel) == 0 {
+                        warn!("a read from disk hangs: the disk store is not read for a while");
+                    }
+                }
+                self.give_up();
+                None
+            }
+        }
+    }
+
+    /// Reads that were given up since start.
+    pub(super) fn given_up(&self) -> u64 {
+        self.shared.given_up.load(Ordering::Relaxed)
+    }
+
+    fn give_up(&self) {
+        self.shared.given_up.fetch_add(1, Ordering::Relaxed);
+        let until = &self.shared.until;
+        *until.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Instant::now() + self.left_alone);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(20);
+    const NEVER: Duration = Duration::from_secs(3600);
+
+    /// A read that waits for the disk to be mended.
+    fn hung() -> (Sender<()>, impl FnOnce() -> Option<u32> + Send + 'static) {
+        let (mend, mended) = channel::<()>();
+        (mend, move || mended.recv().ok().map(|()| 1))
+    }
+
+    async fn until_none_hangs(reads: &Reads) {
+        while reads.shared.is_any() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_hangs_is_left_alone_until_it_answers() {
+        let reads = Reads::new(2, SOON, NEVER);
+        let (mend, read) = hung();
+        assert_eq!(reads.run(read).await, None);
+        // Nobody else waits for it.
+        assert_eq!(reads.run(|| -> Option<u32> { panic!("read") }).await, None);
+        assert_eq!(reads.given_up(), 1);
+        mend.send(()).unwrap();
+        until_none_hangs(&reads).await;
+        assert_eq!(reads.run(|| Some(2)).await, Some(2));
+    }
+
+    #[tokio::test]
+    async fn reads_that_hang_are_bounded_and_nobody_waits_for_their_places() {
+        // Never left alone: each asker tries.
+        let reads = Reads::new(2, SOON, Duration::ZERO);
+        let (mends, hanging): (Vec<_>, Vec<_>) = (0..2).map(|_| hung()).unzip();
+        for read in hanging {
+            assert_eq!(reads.run(read).await, None);
+        }
+        assert_eq!(reads.shared.count.load(Ordering::Acquire), 2);
+        assert_eq!(reads.run(|| -> Option<u32> { panic!("read") }).await, None);
+        assert_eq!(reads.given_up(), 3);
+        for mend in mends {
+            mend.send(()).unwrap();
+        }
+        until_none_hangs(&reads).await;
+        assert_eq!(reads.run(|| Some(2)).await, Some(2));
+    }
+}
