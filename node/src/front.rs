@@ -122,6 +122,8 @@ pub struct Context {
     fenced: bool,
     /// The object that an unsafe method may change.
     may_change: Option<Url>,
+    /// The upstreams that could not be connected to.
+    unconnected: Vec<HttpPeer>,
     /// For the buffers of a proxied answer.
     _passing: Option<Permit>,
     /// Until the answer is out, the node does not stop.
@@ -967,6 +969,7 @@ impl ProxyHttp for Front {
             counted: false,
             fenced: false,
             may_change: None,
+            unconnected: Vec::new(),
             _passing: None,
             _under_way: self.under_way(),
         }
@@ -1027,9 +1030,9 @@ impl ProxyHttp for Front {
     async fn upstream_peer(
         &self,
         _session: &mut Session,
-        _ctx: &mut Context,
+        ctx: &mut Context,
     ) -> Result<Box<HttpPeer>> {
-        let peer = self.engine.origin().peer().await;
+        let peer = self.engine.origin().peer(&ctx.unconnected).await;
         peer.map(Box::new)
             .map_err(|e| Error::because(ErrorType::ConnectNoRoute, "origin", e).into_up())
     }
@@ -1039,10 +1042,11 @@ impl ProxyHttp for Front {
         &self,
         _session: &mut Session,
         peer: &HttpPeer,
-        _ctx: &mut Context,
+        ctx: &mut Context,
         mut error: Box<Error>,
     ) -> Box<Error> {
-        error.set_retry(self.engine.origin().cannot_connect(peer));
+        ctx.unconnected.push(peer.clone());
+        error.set_retry(self.engine.origin().cannot_connect(&ctx.unconnected));
         error
     }
 

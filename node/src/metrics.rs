@@ -13,6 +13,7 @@
 pub mod merge;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -157,6 +158,8 @@ metrics! {
     subrequest_duration_seconds: Histogram in SERVE_SECONDS;
     /// Milliseconds, average since start of subrequest_duration_seconds.
     subrequest_duration_ms_avg: Gauge;
+    /// 1 while an address of upstream_address can be connected to, else 0. Worry at 0 for a minute; 0 for all of them: the origin is gone.
+    upstream_up: GaugeVec {address = []};
     /// Requests sent to the origin by the cache, every try counted. The origin's own count should agree.
     origin_fetches_total: IntCounter;
     /// Faults found when putting slices together: the origin changed, lied about a range, broke off. Worry when it grows: the origin serves several versions at once.
@@ -238,6 +241,8 @@ pub struct Gauges {
     pub purge_index: PurgeIndex,
     /// Whether this node may answer from its cache.
     pub lease_valid: bool,
+    /// Addresses of the origin, and whether they can be connected to.
+    pub upstreams_up: Vec<(SocketAddr, bool)>,
     /// Members, and whether they were reached lately.
     pub nodes_up: Vec<(NodeId, bool)>,
     /// What arrived from peers and was not answered, by reason.
@@ -343,7 +348,14 @@ impl Metrics {
         self.ring_epoch.set(gauges.ring_epoch as f64);
         self.purge_index.set(gauges.purge_index.0 as f64);
         self.lease_valid.set(f64::from(gauges.lease_valid));
-        // Nodes that have left the cluster leave the page.
+        // Addresses that the origin's name has no longer leave the page.
+        self.upstream_up.reset();
+        for (address, up) in &gauges.upstreams_up {
+            self.upstream_up
+                .with_label_values(&[&address.to_string()])
+                .set(f64::from(*up));
+        }
+        // So do nodes that have left the cluster.
         self.node_up.reset();
         for (node, up) in &gauges.nodes_up {
             self.node_up
@@ -564,6 +576,7 @@ mod tests {
                 ..L2Stats::default()
             }),
             lease_valid: true,
+            upstreams_up: vec![(([127, 0, 0, 1], 80).into(), false)],
             nodes_up: vec![(NodeId(1), true), (NodeId(2), false)],
             peer_faults: vec![("busy", 4)],
             links: vec![(NodeId(2), 1452), (NodeId(2), 1200), (NodeId(3), 1452)],
@@ -577,12 +590,13 @@ mod tests {
             "l2_bytes 5",
             "l2_writable 0",
             "l2_writes_dropped_total 2",
-            "cache_errors_total 2",
+            "cache_errors_total 3",
             "lease_valid 1",
             "peer_faults_total{reason=\"busy\"} 4",
             "peer_faults_total{reason=\"handshake\"} 0",
             "link_mtu_bytes{peer=\"2\"} 1200",
             "link_mtu_bytes{peer=\"3\"} 1452",
+            "upstream_up{address=\"127.0.0.1:80\"} 0",
             "node_up{node=\"1\"} 1",
             "node_up{node=\"2\"} 0",
         ] {

@@ -31,7 +31,7 @@ use crate::l2::{self, L2, L2_BYTES_MIN};
 use crate::listening::Listening;
 use crate::metrics::Metrics;
 use crate::observer::Watched;
-use crate::origin::Origin;
+use crate::origin::{self, Origin};
 use crate::process::{ORIGIN_IDLE_MAX, descriptors_needed, raise_descriptors, unix_seconds};
 use crate::purge::{Naming, Purger};
 
@@ -115,7 +115,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
     let engine = Engine::new(
         config.clone(),
         cluster.clone(),
-        origin,
+        origin.clone(),
         l2.clone(),
         metrics.clone(),
         runtime.handle().clone(),
@@ -142,6 +142,10 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
     runtime.spawn({
         let (purger, stop) = (purger.clone(), stop.clone());
         async move { purger.observe_until(stop).await }
+    });
+    runtime.spawn({
+        let stop = stop.clone();
+        async move { origin.watch_until(stop).await }
     });
     runtime.spawn(reload_on_hup(config.clone(), purger.clone(), stop.clone()));
 
@@ -360,8 +364,8 @@ fn server_conf(config: &Config) -> ServerConf {
         grace_period_seconds: Some(config.drain_timeout.as_secs() + 60),
         graceful_shutdown_timeout_seconds: Some(0),
         upstream_keepalive_pool_size: ORIGIN_IDLE_MAX,
-        // Pingora counts tries; each upstream that cannot be connected to is one.
-        max_retries: config.max_retries as usize + config.upstreams.len(),
+        // Pingora counts tries; each address that cannot be connected to is one.
+        max_retries: config.max_retries as usize + config.upstreams.len() * origin::ADDRESSES_MAX,
         ..ServerConf::default()
     }
 }

@@ -1,13 +1,15 @@
 //! Asking the origin: connections, deadlines, retries, and the strict reading
 //! of what a ranged answer claims to be.
 //!
-//! Not here: what an answer means for the cache (`engine`).
+//! Not here: what an answer means for the cache (`engine`), which address is
+//! asked (`backends`).
+
+mod backends;
 
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::header::{
@@ -18,10 +20,13 @@ use http::{HeaderName, HeaderValue};
 use pingora_core::ErrorType;
 use pingora_core::connectors::http::Connector;
 use pingora_core::protocols::http::client::HttpSession;
-use pingora_core::upstreams::peer::{HttpPeer, Peer};
+use pingora_core::upstreams::peer::HttpPeer;
 use pingora_http::RequestHeader;
 use pingora_slice_cluster::wire::{Informational, OriginRequest};
+use tokio_util::sync::CancellationToken;
 
+pub use self::backends::ADDRESSES_MAX;
+use self::backends::Backends;
 use crate::config::{OriginTimeouts, Upstream};
 use crate::freshness::unix_ms;
 use crate::manifest::to_headers;
@@ -29,10 +34,6 @@ use crate::metrics::Metrics;
 
 /// How long an idle origin connection is kept.
 const IDLE: Duration = Duration::from_secs(60);
-/// How long a resolved origin address is used.
-const RESOLVED_FOR: Duration = Duration::from_secs(30);
-/// How long an origin that refused a connection is tried last.
-const DOWN_FOR: Duration = Duration::from_secs(5);
 /// Informational responses before the final one at most.
 const INFORMATIONAL_MAX: usize = 1000;
 /// Bytes of their fields that are passed on: what is beyond is dropped.
@@ -155,19 +156,10 @@ pub struct Origin {
 
 struct Inner {
     connector: Connector,
-    upstreams: Vec<Backend>,
+    backends: Backends,
     upstream_host: Option<String>,
     timeouts: OriginTimeouts,
-    next: AtomicUsize,
-    started: Instant,
     metrics: Arc<Metrics>,
-}
-
-struct Backend {
-    upstream: Upstream,
-    address: Mutex<Option<(SocketAddr, Instant)>>,
-    /// Milliseconds after `started` until which it is tried last.
-    down_until_ms: AtomicU64,
 }
 
 impl Origin {
@@ -178,26 +170,27 @@ impl Origin {
         timeouts: OriginTimeouts,
         metrics: Arc<Metrics>,
     ) -> Origin {
-        let upstreams = upstreams
-            .into_iter()
-            .map(|upstream| Backend {
-                upstream,
-                address: Mutex::new(None),
-                down_until_ms: AtomicU64::new(0),
-            })
-            .collect();
         let inner = Inner {
             connector: Connector::new(None),
-            upstreams,
+            backends: Backends::new(upstreams, timeouts),
             upstream_host,
             timeouts,
-            next: AtomicUsize::new(0),
-            started: Instant::now(),
             metrics,
         };
         Origin {
             inner: Arc::new(inner),
         }
+    }
+
+    /// Keeps an eye on the upstreams until `stop`: which addresses their names
+    /// have, and which of them can be connected to.
+    pub async fn watch_until(&self, stop: CancellationToken) {
+        self.inner.backends.watch_until(stop).await;
+    }
+
+    /// The upstreams' addresses, and whether they can be connected to.
+    pub fn up(&self) -> Vec<(SocketAddr, bool)> {
+        self.inner.backends.up()
     }
 
     /// Sends one GET, or HEAD, and reads the answer's head; other upstreams are tried
@@ -211,48 +204,40 @@ impl Origin {
         wanted: &Wanted,
     ) -> Result<OriginAnswer, OriginError> {
         let mut last = OriginError::Unreachable("no upstream".into());
-        for backend in self.order() {
-            match self.get_from(backend, request, wanted).await {
+        for backend in self.inner.backends.in_turn().await? {
+            match self.get_from(backend.peer(), request, wanted).await {
                 Ok(answer) => return Ok(answer),
                 Err((error, connected)) => {
                     last = error;
                     if connected {
                         break;
                     }
-                    backend.mark_down(&self.inner);
+                    self.inner.backends.mark_down(backend.peer());
                 }
             }
         }
         Err(last)
     }
 
-    /// An upstream for Pingora's own proxying.
+    /// An upstream for Pingora's own proxying: one that is not among those which
+    /// the request has `tried`, while there is one.
     ///
     /// # Errors
     /// No upstream's name resolves.
-    pub async fn peer(&self) -> Result<HttpPeer, OriginError> {
-        let mut last = OriginError::Unreachable("no upstream".into());
-        for backend in self.order() {
-            match backend.peer(&self.inner).await {
-                Ok(peer) => return Ok(peer),
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
+    pub async fn peer(&self, tried: &[HttpPeer]) -> Result<HttpPeer, OriginError> {
+        let mut backends = self.inner.backends.in_turn().await?;
+        backends.sort_by_key(|backend| backend.is_among(tried));
+        Ok(backends[0].peer().clone())
     }
 
-    /// Notes that an upstream which [`Origin::peer`] gave could not be connected
-    /// to; whether there is another to try.
-    pub fn cannot_connect(&self, peer: &HttpPeer) -> bool {
-        for backend in &self.inner.upstreams {
-            if backend.is_at(peer) {
-                backend.mark_down(&self.inner);
-            }
+    /// Notes that the last of the upstreams which a request `tried` could not be
+    /// connected to; whether there is another to try.
+    pub fn cannot_connect(&self, tried: &[HttpPeer]) -> bool {
+        let backends = &self.inner.backends;
+        if let Some(peer) = tried.last() {
+            backends.mark_down(peer);
         }
-        let upstreams = &self.inner.upstreams;
-        upstreams
-            .iter()
-            .any(|backend| !backend.is_down(&self.inner))
+        backends.all().iter().any(|b| !b.is_among(tried))
     }
 
     /// The Host that the origin sees for a client's `host`.
@@ -260,30 +245,18 @@ impl Origin {
         self.inner.upstream_host.as_deref().unwrap_or(host)
     }
 
-    /// Backends in the order to try: in turn, those that are down last.
-    fn order(&self) -> impl Iterator<Item = &Backend> {
-        let backends = &self.inner.upstreams;
-        let first = self.inner.next.fetch_add(1, Ordering::Relaxed);
-        let turn = (0..backends.len()).map(move |i| &backends[(first + i) % backends.len()]);
-        let is_down = |backend: &&Backend| backend.is_down(&self.inner);
-        turn.clone()
-            .filter(move |backend| !is_down(backend))
-            .chain(turn.filter(is_down))
-    }
-
     async fn get_from(
         &self,
-        backend: &Backend,
+        peer: &HttpPeer,
         request: &OriginRequest,
         wanted: &Wanted,
     ) -> Result<OriginAnswer, (OriginError, bool)> {
         let inner = &self.inner;
-        let peer = backend.peer(inner).await.map_err(|e| (e, false))?;
         let mut first_try = true;
         loop {
             let (mut session, reused) = inner
                 .connector
-                .get_http_session(&peer)
+                .get_http_session(peer)
                 .await
                 .map_err(|e| (not_connected(e), false))?;
             // Deadlines are kept here; Pingora's own must not come before them.
@@ -311,7 +284,7 @@ impl Origin {
                     strip_hop_by_hop(&mut headers);
                     let body = OriginBody {
                         session: Some(session),
-                        peer,
+                        peer: peer.clone(),
                         origin: inner.clone(),
                         deadline: inner.timeouts.read,
                         announced: length.is_some(),
@@ -367,69 +340,6 @@ impl Origin {
                 .map_err(|e| refused(&e))?;
         }
         Ok(Box::new(head))
-    }
-}
-
-impl Backend {
-    async fn peer(&self, inner: &Inner) -> Result<HttpPeer, OriginError> {
-        let address = self.address().await?;
-        let mut peer = HttpPeer::new(address, self.upstream.tls, self.upstream.host.clone());
-        peer.options.connection_timeout = Some(inner.timeouts.connect);
-        peer.options.total_connection_timeout = Some(inner.timeouts.connect);
-        peer.options.read_timeout = Some(inner.timeouts.read);
-        peer.options.write_timeout = Some(inner.timeouts.read);
-        peer.options.idle_timeout = Some(IDLE);
-        Ok(peer)
-    }
-
-    async fn address(&self) -> Result<SocketAddr, OriginError> {
-        let known = *self.address.lock().expect("no panic while held");
-        if let Some((address, at)) = known
-            && at.elapsed() < RESOLVED_FOR
-        {
-            return Ok(address);
-        }
-        let name = (self.upstream.host.as_str(), self.upstream.port);
-        let found = tokio::net::lookup_host(name)
-            .await
-            .map(|mut list| list.next());
-        let address = match (found, known) {
-            (Ok(Some(address)), _) => address,
-            // The resolver is down: the address from before is better than none.
-            (_, Some((address, _))) => address,
-            (Err(e), None) => {
-                return Err(OriginError::Unreachable(format!(
-                    "{}: {e}",
-                    self.upstream.host
-                )));
-            }
-            (Ok(None), None) => {
-                return Err(OriginError::Unreachable(format!(
-                    "{}: no address",
-                    self.upstream.host
-                )));
-            }
-        };
-        *self.address.lock().expect("no panic while held") = Some((address, Instant::now()));
-        Ok(address)
-    }
-
-    /// Whether `peer` is at the address that is known of it.
-    fn is_at(&self, peer: &HttpPeer) -> bool {
-        let known = *self.address.lock().expect("no panic while held");
-        known.is_some_and(|(address, _)| peer.address().as_inet() == Some(&address))
-    }
-
-    fn is_down(&self, inner: &Inner) -> bool {
-        let now_ms = inner.started.elapsed().as_millis() as u64;
-        self.down_until_ms.load(Ordering::Relaxed) > now_ms
-    }
-
-    fn mark_down(&self, inner: &Inner) {
-        let until = inner.started.elapsed() + DOWN_FOR;
-        self.down_until_ms
-            .store(until.as_millis() as u64, Ordering::Relaxed);
-        *self.address.lock().expect("no panic while held") = None;
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use pingora_slice_tests::cluster::Ports;
 use pingora_slice_tests::http::{Reply, Stream};
 use pingora_slice_tests::{
-    Ask, Fault, Film, KIB, MIB, Node, Options, SLICE_BYTES, TestCluster, Validators,
+    Ask, Fault, Film, KIB, MIB, Node, Options, Origin, SLICE_BYTES, TestCluster, Validators,
 };
 
 const SLICES: u64 = 6;
@@ -872,4 +872,47 @@ async fn cannot_be_connected_to() {
     // The last one tried is tried all the same.
     cluster.origin.resume().await;
     cluster.node(1).read(&film).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_of_two_dies_and_comes_back() {
+    let mut cluster = Options::alone().prepare().await;
+    let mut second = Origin::start().await;
+    let addresses = [cluster.origin.address(), second.address()];
+    let node = cluster.node_mut(1);
+    node.set(
+        "upstream_address",
+        format!("{:?}", addresses.map(|a| a.to_string())),
+    );
+    node.spawn();
+    node.until_ready().await;
+    let node = cluster.node(1);
+    let up = format!("upstream_up{{address=\"{}\"}}", addresses[1]);
+    let is_up = async |expected| {
+        let what = format!("{up} is {expected}");
+        node.until(&what, async || {
+            node.metrics().await.sample(&up) == Some(expected)
+        })
+        .await;
+    };
+    // Both answer for the same object; each knows what it was asked.
+    let publish = |name: &str| {
+        second.publish(name, 10);
+        cluster.origin.publish(name, 10)
+    };
+    let films: Vec<Film> = (0..8).map(|n| publish(&format!("/film-{n}"))).collect();
+    is_up(1.0).await;
+    // Nobody asks for anything: it is found out all the same.
+    second.stop().await;
+    is_up(0.0).await;
+    for film in &films[..4] {
+        node.read(film).await;
+    }
+    assert_eq!((cluster.origin.fetches(), second.fetches()), (4, 0));
+    second.resume().await;
+    is_up(1.0).await;
+    for film in &films[4..] {
+        node.read(film).await;
+    }
+    assert_eq!((cluster.origin.fetches(), second.fetches()), (6, 2));
 }

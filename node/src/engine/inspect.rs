@@ -130,6 +130,7 @@ impl Inspect for Engine {
             ring_epoch: status.ring_epoch,
             purge_index: status.purge_index,
             lease_valid: status.lease_valid,
+            upstreams_up: self.origin().up(),
             nodes_up: status
                 .nodes
                 .iter()
