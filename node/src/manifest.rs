@@ -13,7 +13,7 @@ use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use serde::{Deserialize, Serialize};
 
 /// First byte of an encoded [`Record`].
-const RECORD_VERSION: u8 = 2;
+const RECORD_VERSION: u8 = 3;
 
 const DOMAIN_GENERATION: u8 = 32;
 const DOMAIN_VARIANT: u8 = 33;
@@ -63,6 +63,9 @@ pub struct Manifest {
     pub generation: Generation,
     /// What pins a fill to that version.
     pub version: Version,
+    /// Whether Last-Modified names these bytes and no others, as of when they
+    /// came: the later Date of a 304 makes it no stronger.
+    pub exact_date: bool,
     /// The slice that came with the manifest; it lives with the manifest's
     /// owner, so that nobody asks the origin for it again.
     pub probe: u32,

@@ -11,8 +11,8 @@ use http::header::{
     IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
 };
 
-use crate::freshness::{has_strong_date, http_date};
-use crate::manifest::{Manifest, to_map};
+use crate::freshness::http_date;
+use crate::manifest::Manifest;
 
 /// Ranges answered in one multipart response at most; a longer list is
 /// answered with the whole object (RFC 9110 section 14.2 allows ignoring it).
@@ -311,7 +311,7 @@ fn if_range_holds(request: &HeaderMap, manifest: &Manifest) -> bool {
             .is_some_and(|etag| strongly_equal(value, etag));
     }
     let stored = manifest.header("last-modified").and_then(http_date);
-    stored.is_some() && stored == http_date(value) && has_strong_date(&to_map(&manifest.headers))
+    manifest.exact_date && stored.is_some() && stored == http_date(value)
 }
 
 #[cfg(test)]

@@ -54,6 +54,7 @@ fn manifest() -> Manifest {
         ],
         generation: Generation(1),
         version: version(),
+        exact_date: false,
         probe: 0,
         stamp: PurgeIndex(1),
         subject: Subject::new(&HASH_KEY, HOST_NAME, TARGET, &[] as &[&str]),

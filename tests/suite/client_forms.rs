@@ -319,6 +319,32 @@ async fn if_range_with_a_date_that_is_too_new() {
     }
 }
 
+/// RFC 9110 section 8.8.2.2: the Date that counts is that of the answer which
+/// the bytes came with, not the later one of a 304.
+#[tokio::test(flavor = "multi_thread")]
+async fn if_range_with_a_date_that_was_too_new_before_a_304() {
+    let cluster = TestCluster::alone().await;
+    let modified = SystemTime::now() - Duration::from_secs(86_400);
+    for validators in [Validators::Strong, Validators::Date] {
+        let path = format!("/{validators:?}");
+        let film = cluster.origin.publish(&path, 1000);
+        film.validators(validators)
+            .modified(modified)
+            .header("Cache-Control", "no-cache")
+            .header("Date", &httpdate::fmt_http_date(modified));
+        let first = cluster.node(1).get(&path).await;
+        assert_eq!(first.status, 200, "{path}");
+        let later = modified + Duration::from_secs(3600);
+        film.header("Date", &httpdate::fmt_http_date(later));
+        let again = cluster.node(1).get(&path).await;
+        assert_eq!(again.header("x-cache"), "REVALIDATED", "{path}");
+        let ask = Ask::get(&path).range("bytes=0-9");
+        let ask = ask.header("If-Range", first.header("last-modified"));
+        let reply = cluster.node(1).ask(ask).await;
+        assert_eq!(reply.status, 200, "{path}");
+    }
+}
+
 /// RFC 9110 section 13.2.2, every combination of every condition with a range.
 #[tokio::test(flavor = "multi_thread")]
 async fn conditions_in_their_order() {

@@ -714,6 +714,9 @@ impl Engine {
         // A 304 without Date is dated on arrival.
         headers.remove(DATE);
         update(&mut headers, &answer.headers);
+        let before = manifest.header(LAST_MODIFIED.as_str());
+        let after = headers.get(LAST_MODIFIED).map(|date| date.as_bytes());
+        manifest.exact_date &= before.map(str::as_bytes) == after;
         // The bytes keep the name that they came under: a tag that is strong now
         // may not have been so for them.
         if let Some(Ok(etag)) = manifest.version.etag.as_ref().map(|etag| etag.parse()) {
@@ -941,9 +944,10 @@ impl Engine {
         let subject = Subject::new(&hash_key, &request.url.host, &request.url.target, &tags);
         // A hard purge that came after the request left says nothing of these bytes.
         version.hard = self.floor(&subject).hard.min(stamp);
+        let exact_date = strong_date(&answer.headers, answer.received_ms).is_some();
         let has_strong_validator = match &version.etag {
             Some(_) => version.quoted_etag().is_some(),
-            None => strong_date(&answer.headers, answer.received_ms).is_some(),
+            None => exact_date,
         };
         let strong = status == 200 && has_strong_validator;
         let by = freshness::vary(&answer.headers)?;
@@ -965,6 +969,7 @@ impl Engine {
             ),
             headers: manifest::to_headers(&headers),
             version,
+            exact_date,
             probe,
             stamp,
             subject,

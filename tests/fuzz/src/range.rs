@@ -79,6 +79,7 @@ fn manifest(length: u64) -> Manifest {
                 whole: false,
                 hard: PurgeIndex::default(),
             },
+            exact_date: false,
             probe: 0,
             stamp: PurgeIndex::default(),
             subject: Subject::new(&HashKey([0; 16]), "films.test", "/", &[] as &[&str]),
