@@ -148,12 +148,7 @@ async fn what_is_on_disk_does_not_wait_for_a_body_under_way() {
     cluster.node(1).read(&film).await;
     until_on_disk(&cluster, &film).await;
     cluster.node_mut(1).terminate().await;
-    // Of the first slice alone.
-    let regions = files_below(&cluster.node(1).l2_dir().join("regions"));
-    let first = regions.iter().min().unwrap();
-    let mut bytes = std::fs::read(first).unwrap();
-    bytes[1000] ^= 4;
-    std::fs::write(first, bytes).unwrap();
+    spoil_first_slice(&cluster.node(1).l2_dir());
     cluster.node_mut(1).restart().await;
     film.behave().always(Fault::StallAfter(1000));
     let node = cluster.node(1);
@@ -167,6 +162,38 @@ async fn what_is_on_disk_does_not_wait_for_a_body_under_way() {
         _ = stalled => panic!("the first slice was not damaged"),
         served = tokio::time::timeout(Duration::from_secs(20), served) => served.unwrap(),
     }
+}
+
+/// Nor does a body that has come to what is here, for a slice before it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_begun_for_a_damaged_slice_holds_up_nobody_after_it() {
+    let mut cluster = TestCluster::alone().await;
+    let film = cluster.origin.publish("/film", 8 * MIB);
+    film.always(Fault::IgnoreRange);
+    cluster.node(1).read(&film).await;
+    until_on_disk(&cluster, &film).await;
+    cluster.node_mut(1).terminate().await;
+    spoil_first_slice(&cluster.node(1).l2_dir());
+    cluster.node_mut(1).restart().await;
+    let before = film.fetches();
+    let mut gate = film.hold_at(SLICE_BYTES + 1000);
+    let node = cluster.node(1);
+    node.read_range(&film, 0, SLICE_BYTES).await;
+    gate.holds(1).await;
+    let rest = node.read_range(&film, SLICE_BYTES, film.length());
+    tokio::time::timeout(Duration::from_secs(20), rest)
+        .await
+        .unwrap();
+    assert_eq!(film.fetches() - before, 1);
+}
+
+/// Flips one bit of the first slice that was written.
+fn spoil_first_slice(dir: &std::path::Path) {
+    let regions = files_below(&dir.join("regions"));
+    let first = regions.iter().min().unwrap();
+    let mut bytes = std::fs::read(first).unwrap();
+    bytes[1000] ^= 4;
+    std::fs::write(first, bytes).unwrap();
 }
 
 /// Flips one bit in each 10 000 bytes of every big file.

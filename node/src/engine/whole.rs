@@ -82,15 +82,18 @@ struct Supply {
     pending: Bytes,
     /// Tries after the first, for the slice that is being filled.
     attempt: u32,
+    /// Begun for a slice that was lost: those after it may still be on disk.
+    is_again: bool,
 }
 
 impl Supply {
-    fn of(body: Option<OriginBody>) -> Supply {
+    fn of(body: Option<OriginBody>, is_again: bool) -> Supply {
         Supply {
             body,
             skip: 0,
             pending: Bytes::new(),
             attempt: 0,
+            is_again,
         }
     }
 }
@@ -105,10 +108,10 @@ impl Engine {
             return;
         }
         // The first slice's flight is there before anybody can ask for it.
-        let first = self.take(&fill, &whole, 0, false);
+        let first = self.take(&fill, &whole, 0, false, false);
         let (engine, manifest) = (self.clone(), Some(manifest.clone()));
         self.inner.runtime.spawn(async move {
-            let supply = Supply::of(Some(body));
+            let supply = Supply::of(Some(body), false);
             engine.cut(fill, manifest, whole, supply, first).await;
         });
     }
@@ -170,17 +173,17 @@ impl Engine {
         let (whole, started) = self.inner.wholes.join(fill.slice.generation);
         let accepted = whole.hand_over(flight);
         if started {
-            let first = self.take(fill, &whole, 0, false);
+            let first = self.take(fill, &whole, 0, false, false);
             let manifest = self.manifest_of(fill).await;
-            let supply = Supply::of(body);
+            let supply = Supply::of(body, true);
             self.cut(fill.at(0), manifest, whole, supply, first).await;
         } else if !accepted && !is_held(fill) {
             // That body has passed the slice: another one, for all who come now.
             let whole = self.inner.wholes.begin_another(fill.slice.generation);
             whole.hand_over(flight);
-            let first = self.take(fill, &whole, 0, false);
+            let first = self.take(fill, &whole, 0, false, false);
             let manifest = self.manifest_of(fill).await;
-            self.cut(fill.at(0), manifest, whole, Supply::of(body), first)
+            self.cut(fill.at(0), manifest, whole, Supply::of(body, true), first)
                 .await;
         } else if !accepted {
             // Nothing would say that another body is the same one.
@@ -190,15 +193,22 @@ impl Engine {
     }
 
     /// The flight that slice `index` lands in; `None` while somebody else fills
-    /// it, or when it is here already.
-    fn take(&self, fill: &Fill, whole: &Whole, index: u32, is_unread: bool) -> Option<Arc<Flight>> {
+    /// it, or when it is here already: in memory, or on disk (`is_here`).
+    fn take(
+        &self,
+        fill: &Fill,
+        whole: &Whole,
+        index: u32,
+        is_unread: bool,
+        is_here: bool,
+    ) -> Option<Arc<Flight>> {
         let id = fill.at(index).slice;
         let mut state = whole.lock();
         state.next = index.saturating_add(1);
         let waiting = state.waiting.iter().position(|f| f.id.index == index);
         let flight = match waiting {
             Some(at) => Some(state.waiting.swap_remove(at)),
-            None if index > 0 && self.inner.l1.slice(&id).is_some() => None,
+            None if is_here || (index > 0 && self.inner.l1.slice(&id).is_some()) => None,
             None => {
                 // Nobody waits for a slice that the body only passes: it is not
                 // worth waiting for memory, unless it cannot be had again. Whoever is
@@ -323,7 +333,11 @@ impl Engine {
                     GoOn::ForTheCache => true,
                     GoOn::NoMore => return Ok(()),
                 };
-                flight = self.take(fill, whole, index, is_unread);
+                // Whoever wants it reads it from there, at the disk's pace.
+                let is_here = supply.is_again
+                    && !is_held(fill)
+                    && self.is_on_disk(&fill.at(index).slice).await;
+                flight = self.take(fill, whole, index, is_unread, is_here);
             }
             if let Some(flight) = &flight {
                 let admitted = self.admit(flight, None);
@@ -566,12 +580,19 @@ impl Engine {
         }
     }
 
+    /// Whether a slice lies on the disk, as far as its first bytes tell.
+    async fn is_on_disk(&self, id: &SliceId) -> bool {
+        match &self.inner.l2 {
+            Some(l2) => l2.slice_range(*id, 0, 1).await.is_some(),
+            None => false,
+        }
+    }
+
     /// What lies on the disk need not be held.
     async fn let_go_of_stored(&self, whole: &Whole) {
-        let Some(l2) = &self.inner.l2 else { return };
         let held: Vec<_> = whole.lock().held.iter().cloned().collect();
         for flight in held {
-            if l2.slice_range(flight.id, 0, 1).await.is_some() {
+            if self.is_on_disk(&flight.id).await {
                 whole.lock().held.retain(|h| !Arc::ptr_eq(h, &flight));
                 self.inner.fills.remove(&flight);
             }
