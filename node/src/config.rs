@@ -330,6 +330,17 @@ pub struct Upstream {
     pub tls: bool,
 }
 
+impl std::fmt::Display for Upstream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let scheme = if self.tls { "https" } else { "http" };
+        // An address of IPv6 is told from its port by brackets.
+        match self.host.contains(':') && !self.host.starts_with('[') {
+            true => write!(f, "{scheme}://[{}]:{}", self.host, self.port),
+            false => write!(f, "{scheme}://{}:{}", self.host, self.port),
+        }
+    }
+}
+
 /// `default_freshness`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DefaultFreshness {

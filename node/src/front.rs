@@ -17,8 +17,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::Method;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, StatusCode};
 use pingora_core::protocols::http::{HttpTask, ServerSession};
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorType, Result};
@@ -38,6 +38,7 @@ use crate::manifest::{Manifest, Url};
 use crate::metrics::Metrics;
 use crate::origin::is_coded;
 use crate::pace::Pace;
+use crate::paced::Paced;
 use crate::pieces::{Piece, Pieces};
 use crate::plan::{self, Plan};
 use crate::purge::{Naming, Purger};
@@ -53,6 +54,8 @@ const ALLOWED: &str = "GET, HEAD, OPTIONS, PURGE";
 const STALLED_AFTER: Duration = Duration::from_secs(1);
 /// Times a request is planned at most, should the origin change under it.
 const PLANS_MAX: usize = 3;
+/// Failed requests are logged this often at most: while the origin is down all fail.
+const FAILURES_PACE: Duration = Duration::from_secs(1);
 /// Request fields that are not sent on: they belong to the client's
 /// connection, or are replaced by ours.
 const NOT_SENT_ON: &[&str] = &[
@@ -109,6 +112,7 @@ pub struct Front {
     metrics: Arc<Metrics>,
     under_way: TaskTracker,
     loop_id: Arc<OnceLock<Arc<str>>>,
+    failures: Arc<Paced>,
 }
 
 /// What one request carries along.
@@ -146,6 +150,7 @@ impl Front {
             metrics,
             under_way,
             loop_id: Arc::default(),
+            failures: Arc::new(Paced::new(FAILURES_PACE)),
         }
     }
 
@@ -352,11 +357,12 @@ impl Front {
     ) -> Result<Answered> {
         let manifest = &found.object.manifest;
         let (head, pieces) = self.head(found, plan, ctx.fenced)?;
+        let status = head.status;
         if !is_get || pieces.is_empty() {
             self.begin(session, ctx, head, true, &found.informational)
                 .await?;
             ctx.counted = true;
-            self.count_response(found);
+            self.count_response(found, status);
             return Ok(Answered::Done);
         }
         let ahead = self.engine.config().max_concurrent_subrequests;
@@ -373,15 +379,12 @@ impl Front {
             Some(Ok(bytes)) => Some(bytes),
             None => None,
             Some(Err(FillError::Changed)) => return Ok(Answered::Changed),
-            Some(Err(error)) => {
-                tracing::warn!(url = %request.url, %error, "request failed");
-                return Ok(Answered::Failed(error));
-            }
+            Some(Err(error)) => return Ok(Answered::Failed(error)),
         };
         self.begin(session, ctx, head, false, &found.informational)
             .await?;
         ctx.counted = true;
-        self.count_response(found);
+        self.count_response(found, status);
         self.metrics.sliced_requests_total.inc();
         if let Some(text) = heading {
             session.write_response_body(Some(text), false).await?;
@@ -584,11 +587,9 @@ impl Front {
         Ok(())
     }
 
-    fn count_response(&self, found: &Found) {
+    fn count_response(&self, found: &Found, status: StatusCode) {
         self.metrics
-            .responses_total
-            .with_label_values(&[x_cache(found.resolution)])
-            .inc();
+            .count_response(x_cache(found.resolution), Some(status));
     }
 
     /// Passes on an answer that is for this client alone.
@@ -624,10 +625,7 @@ impl Front {
         self.describe(&mut head, &status, "PASS")?;
         ctx.counted = true;
         self.metrics.passthrough_requests_total.inc();
-        self.metrics
-            .responses_total
-            .with_label_values(&["PASS"])
-            .inc();
+        self.metrics.count_response("PASS", Some(head.status));
         let end = !is_get || !has_body || relay.length == Some(0);
         self.begin(session, ctx, head, end, &relay.informational)
             .await?;
@@ -676,6 +674,13 @@ impl Front {
     ) -> Result<()> {
         let head = self.refusal(status, reason)?;
         ctx.counted = true;
+        // The client's own wish, or its own fault, is no failure.
+        if status >= 500
+            && !matches!(reason, "only-if-cached" | "malformed")
+            && let Some((host, target)) = self.naming.host_and_target(session.req_header())
+        {
+            self.log_failure(&Url { host, target }, status, reason);
+        }
         self.begin(session, ctx, head, true, &[]).await
     }
 
@@ -693,11 +698,15 @@ impl Front {
             _ => format!("fwd=miss; detail={reason}"),
         };
         self.describe(&mut head, &status, "MISS")?;
-        self.metrics
-            .responses_total
-            .with_label_values(&["MISS"])
-            .inc();
+        self.metrics.count_response("MISS", Some(head.status));
         Ok(head)
+    }
+
+    /// Says which request failed, unless one was named just now.
+    fn log_failure(&self, url: &Url, status: u16, reason: &str) {
+        if let Some(left_out) = self.failures.turn() {
+            tracing::warn!(%url, reason, status, left_out, "request failed");
+        }
     }
 
     async fn purge(&self, session: &mut Session) -> Result<()> {
@@ -1168,10 +1177,8 @@ impl ProxyHttp for Front {
         if let (false, Some(why)) = (ctx.counted, ctx.passed) {
             self.metrics.passthrough_requests_total.inc();
             self.metrics.passes_total.with_label_values(&[why]).inc();
-            self.metrics
-                .responses_total
-                .with_label_values(&["PASS"])
-                .inc();
+            let status = session.response_written().map(|head| head.status);
+            self.metrics.count_response("PASS", status);
         }
         self.metrics
             .request_duration_seconds

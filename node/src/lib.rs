@@ -26,6 +26,7 @@ pub mod node;
 pub mod observer;
 pub mod origin;
 pub mod pace;
+pub mod paced;
 pub mod page;
 mod pieces;
 pub mod plan;

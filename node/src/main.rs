@@ -61,7 +61,7 @@ fn main() -> ExitCode {
     };
     let outcome = match args.check_config {
         true => check(&name, source),
-        false => start(source, args.upgrade),
+        false => start(&name, source, args.upgrade),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -84,10 +84,18 @@ fn check(name: &str, source: Source) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start(source: Source, upgrade: bool) -> anyhow::Result<()> {
+fn start(name: &str, source: Source, upgrade: bool) -> anyhow::Result<()> {
     let config = Config::load_from(source)?;
     config.refuse_own_upstream()?;
     start_logging();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        configuration = name,
+        listen = list(config.listen.iter().map(|listen| listen.address)),
+        upstream = list(&config.upstreams),
+        node = config.cluster.as_ref().map(|cluster| cluster.node_id.0),
+        "starting"
+    );
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
@@ -97,6 +105,12 @@ fn start(source: Source, upgrade: bool) -> anyhow::Result<()> {
         );
     }
     pingora_slice::node::run(config, upgrade)
+}
+
+/// As one word of a log line.
+fn list(things: impl IntoIterator<Item = impl ToString>) -> String {
+    let things: Vec<_> = things.into_iter().map(|thing| thing.to_string()).collect();
+    things.join(",")
 }
 
 fn explain(name: &str, problems: &[Problem]) {

@@ -17,6 +17,7 @@ use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
+use http::StatusCode;
 use pingora_slice_cluster::{NodeId, PurgeIndex};
 use prometheus::core::Collector;
 use prometheus::{
@@ -92,6 +93,8 @@ metrics! {
     passes_total: IntCounterVec {reason = []};
     /// Client responses, by what X-Cache said. Worry when PASS or MISS grows against HIT.
     responses_total: IntCounterVec {cache = ["HIT" "MISS" "STALE" "REVALIDATED" "PASS"]};
+    /// The same, by the class of their status, the origin's own included. Worry when the share of 5xx grows: the log names one failed request a second.
+    responses_by_status_total: IntCounterVec {class = ["2xx" "3xx" "4xx" "5xx"]};
     /// Seconds from a request's head to the last byte of its answer. Depends on object sizes and clients' lines: compare it with itself.
     request_duration_seconds: Histogram in SERVE_SECONDS;
     /// Seconds from a request's head to the first byte of its answer. What a user feels. Worry when the 99th percentile leaves the origin's own.
@@ -378,6 +381,23 @@ impl Metrics {
         TextEncoder::new()
             .encode_to_string(&families)
             .expect("a family without series is not gathered, and nothing else fails")
+    }
+
+    /// Counts an answer to a client, by what X-Cache said and, where one was
+    /// written, its final status.
+    pub fn count_response(&self, cache: &str, status: Option<StatusCode>) {
+        self.responses_total.with_label_values(&[cache]).inc();
+        let class = match status.map(|status| status.as_u16() / 100) {
+            Some(2) => "2xx",
+            Some(3) => "3xx",
+            Some(4) => "4xx",
+            Some(5) => "5xx",
+            // A change of protocol, or a client that left.
+            _ => return,
+        };
+        self.responses_by_status_total
+            .with_label_values(&[class])
+            .inc();
     }
 
     /// Slices looked for: hits and misses.

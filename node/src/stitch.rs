@@ -2,8 +2,7 @@
 //! together. One structured line each, at most one in `stitch_log.pace`.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::sync::Arc;
 
 use http::HeaderMap;
 use pingora_slice_cluster::wire::Version;
@@ -11,6 +10,7 @@ use pingora_slice_cluster::wire::Version;
 use crate::config;
 use crate::manifest::Url;
 use crate::metrics::Metrics;
+use crate::paced::Paced;
 
 /// One fault: what was expected, what came.
 pub struct Fault<'a> {
@@ -30,16 +30,16 @@ pub struct Fault<'a> {
 pub struct StitchLog {
     settings: config::StitchLog,
     metrics: Arc<Metrics>,
-    last: Mutex<Option<Instant>>,
+    paced: Paced,
 }
 
 impl StitchLog {
     /// A log by the configuration's `stitch_log`.
     pub fn new(settings: config::StitchLog, metrics: Arc<Metrics>) -> StitchLog {
         StitchLog {
+            paced: Paced::new(settings.pace),
             settings,
             metrics,
-            last: Mutex::new(None),
         }
     }
 
@@ -52,13 +52,9 @@ impl StitchLog {
         if !self.settings.enabled {
             return;
         }
-        {
-            let mut last = self.last.lock().expect("no panic while held");
-            if last.is_some_and(|at| at.elapsed() < self.settings.pace) {
-                return;
-            }
-            *last = Some(Instant::now());
-        }
+        let Some(left_out) = self.paced.turn() else {
+            return;
+        };
         let got = |name: &str| {
             fault
                 .headers
@@ -79,6 +75,7 @@ impl StitchLog {
             got_content_range = ?got("content-range"),
             cache_control = ?got("cache-control"),
             via = ?got("via"),
+            left_out,
             "stitching fault"
         );
     }

@@ -75,6 +75,9 @@ async fn the_counters_agree_with_the_origin_and_the_clients() {
         from_origin
     );
     assert_eq!(cluster.metric_sum("passthrough_requests_total").await, 1.0);
+    // Six films and a form, over both ways of answering.
+    assert_eq!(cluster.metric_sum("responses_total").await, 7.0);
+    assert_eq!(cluster.metric_sum("responses_by_status_total").await, 7.0);
 
     // Certificates of the tests last two years, too; nobody was refused.
     let end = own.sample("certificate_expires_seconds{which=\"peer\"}");
@@ -97,6 +100,46 @@ async fn the_counters_agree_with_the_origin_and_the_clients() {
             Some(1.0)
         );
     }
+}
+
+/// With the origin down, the log says what was started and names a failed
+/// request, not all of them; every answer is counted by its class.
+#[tokio::test(flavor = "multi_thread")]
+async fn failed_requests_leave_a_trace() {
+    const REQUESTS: usize = 20;
+    let origin = "127.0.0.1:1";
+    let cluster = Options::alone()
+        .set("upstream_address", origin)
+        .set("max_retries", 0)
+        .start()
+        .await;
+    let node = cluster.node(1);
+    for number in 0..REQUESTS {
+        let reply = node.get(&format!("/film{number}")).await;
+        assert_eq!(reply.status, 502);
+    }
+    let unconditional = Ask::get("/film0").header("Cache-Control", "only-if-cached");
+    assert_eq!(node.ask(unconditional).await.status, 504);
+    let metrics = node.metrics().await;
+    let failed = metrics.sample("responses_by_status_total{class=\"5xx\"}");
+    assert_eq!(failed, Some(REQUESTS as f64 + 1.0));
+
+    let log = node.log();
+    let started = log.lines().find(|line| line.contains("starting"));
+    let started = started.expect("a line at the start");
+    for part in [env!("CARGO_PKG_VERSION"), "config.yaml", origin] {
+        assert!(started.contains(part), "{part}: {started}");
+    }
+    assert!(started.contains(&node.address().to_string()), "{started}");
+    let lines: Vec<&str> = log
+        .lines()
+        .filter(|line| line.contains("request failed"))
+        .collect();
+    for part in ["/film0", "WARN", "status=502", "reason="] {
+        assert!(lines[0].contains(part), "{part}: {lines:?}");
+    }
+    assert!(lines.len() < REQUESTS, "{lines:?}");
+    assert!(!log.contains("status=504"), "a client's own wish: {log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -20,10 +20,10 @@ use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::Method;
 use http::header::{
     ACCEPT_RANGES, AGE, CONTENT_LENGTH, CONTENT_RANGE, DATE, HeaderMap, TRANSFER_ENCODING,
 };
+use http::{Method, StatusCode};
 use httpdate::fmt_http_date;
 use pingora_core::protocols::Stream;
 use pingora_http::{RequestHeader, ResponseHeader};
@@ -66,6 +66,12 @@ pub(crate) struct Known {
     pub(crate) resolved: Option<Resolved>,
     /// The version that was found to be gone.
     pub(crate) gone: Option<Generation>,
+}
+
+/// A head as it is written.
+struct Head {
+    status: StatusCode,
+    bytes: Bytes,
 }
 
 /// Whether an object was given.
@@ -171,9 +177,11 @@ impl Front {
             _ => return Ok(Given::No),
         };
         let stored = stored.map_or(&[][..], |stored| stored);
-        let Some(head) = on_the_wire(&head, stored, is_last) else {
+        let status = head.status;
+        let Some(bytes) = on_the_wire(&head, stored, is_last) else {
             return Ok(Given::No);
         };
+        let head = Head { status, bytes };
         let has_begun = AtomicBool::new(false);
         let begin = || {
             has_begun.store(true, Ordering::Relaxed);
@@ -232,7 +240,7 @@ impl Front {
     async fn give_small(
         &self,
         stream: &mut Stream,
-        head: Bytes,
+        head: Head,
         key: ObjectKey,
         found: &Found,
         body: &Range<u64>,
@@ -252,7 +260,7 @@ impl Front {
             return Ok(Given::No);
         }
         begin();
-        self.count_response(found);
+        self.count_response(found, head.status);
         for (bytes, source) in parts.iter().filter(|(bytes, _)| !bytes.is_empty()) {
             count_slice(&self.metrics, *source, bytes.len() as u64);
         }
@@ -260,7 +268,7 @@ impl Front {
         self.metrics
             .bytes_to_client_total
             .inc_by(body.end - body.start);
-        let mut answer = head.chain(first).chain(second);
+        let mut answer = head.bytes.chain(first).chain(second);
         if let Poll::Ready(written) = futures::poll!(std::pin::pin!(write(stream, &mut answer))) {
             return written.map(|()| Given::Yes);
         }
@@ -277,7 +285,7 @@ impl Front {
     async fn give_large(
         &self,
         stream: &mut Stream,
-        head: Bytes,
+        head: Head,
         is_last: bool,
         request: &Request,
         found: &Found,
@@ -292,7 +300,7 @@ impl Front {
             Some(Ok(first)) => first,
             Some(Err(error @ (FillError::Failed { .. } | FillError::NoMemory))) => {
                 let status = error.status();
-                tracing::warn!(url = %request.url, status, "request failed");
+                self.log_failure(&request.url, status, error.as_str());
                 let mut refusal = self
                     .refusal(status, error.as_str())
                     .map_err(io::Error::other)?;
@@ -310,9 +318,9 @@ impl Front {
             Some(Err(FillError::Damaged)) | None => return Ok(Given::No),
         };
         begin();
-        self.count_response(found);
+        self.count_response(found, head.status);
         let mut pace = Pace::new(config.client_timeouts);
-        let (mut head, mut next) = (head, Some(first));
+        let (mut head, mut next) = (head.bytes, Some(first));
         while let Some(run) = next {
             self.metrics
                 .bytes_to_client_total
