@@ -52,6 +52,18 @@ pub struct Cluster {
     pub nodes: Vec<Node>,
     /// The last purges asked for at this node, newest first.
     pub recent_purges: Vec<RecentPurge>,
+    /// While it knows no cluster: whom it greeted last, and what came of it.
+    pub unanswered: Vec<Seed>,
+}
+
+/// A node that is looked for.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Seed {
+    /// `host:port` of its slice endpoint (UDP).
+    pub address: String,
+    /// Why it has not led to a cluster.
+    pub why: String,
 }
 
 /// One member.

@@ -185,7 +185,8 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Status { ready } => {
             let cluster = client.cluster()?;
             show(output, &cluster, print::status)?;
-            Ok(!ready || cluster.lease_valid)
+            // A cluster that has not formed is no success.
+            Ok(!cluster.nodes.is_empty() && (!ready || cluster.lease_valid))
         }
         Command::Nodes => show(output, &client.cluster()?.nodes, |nodes| {
             print::nodes(nodes)

@@ -29,8 +29,19 @@ pub fn status(cluster: &api::Cluster) -> String {
         ("lease", lease.to_string()),
         ("ring epoch", cluster.ring_epoch.to_string()),
         ("purge index", cluster.purge_index.to_string()),
-        ("nodes", format!("{up} of {} up", cluster.nodes.len())),
+        match cluster.nodes.len() {
+            0 => ("nodes", "none: the cluster has not formed".to_string()),
+            count => ("nodes", format!("{up} of {count} up")),
+        },
     ]);
+    if !cluster.unanswered.is_empty() {
+        let row = |seed: &api::Seed| vec![seed.address.clone(), seed.why.clone()];
+        text.push('\n');
+        text.push_str(&table(
+            &["SEED", "WHY NOT"],
+            cluster.unanswered.iter().map(row),
+        ));
+    }
     if !cluster.nodes.is_empty() {
         text.push('\n');
         text.push_str(&nodes(&cluster.nodes));

@@ -4,7 +4,7 @@
 //! this node; *with others*, by the Raft log. The daemon sees no difference
 //! but that there are peers to ask.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -459,6 +459,15 @@ impl Cluster {
         match &self.inner.life {
             Life::Alone(_) => Vec::new(),
             Life::Member(node) => node.shared().metrics_of_peers().await,
+        }
+    }
+
+    /// While no cluster is known: who was greeted last (`host:port`), and what
+    /// came of it, for an operator.
+    pub fn unanswered(&self) -> BTreeMap<String, String> {
+        match &self.inner.life {
+            Life::Alone(_) => BTreeMap::new(),
+            Life::Member(node) => node.shared().unanswered(),
         }
     }
 

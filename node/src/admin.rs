@@ -165,7 +165,7 @@ impl Admin {
         };
         let body = page::render(&page::Shown {
             status: &self.cluster.status(),
-            unready: self.unready(),
+            unready: self.unready().as_deref(),
             gauges: &self.inspect.gauges(),
             metrics: &self.metrics,
             history: &history,
@@ -198,16 +198,29 @@ impl Admin {
     }
 
     /// Why this node should not be sent clients; `None` when it may serve.
-    fn unready(&self) -> Option<&'static str> {
+    fn unready(&self) -> Option<String> {
         if self.cluster.view().hash_key.is_none() {
-            Some("the cluster has not formed, or this node has not joined it yet")
+            let mut text =
+                "the cluster has not formed, or this node has not joined it yet".to_owned();
+            for (seed, why) in self.cluster.unanswered() {
+                text += &format!("\n{seed}: {why}");
+            }
+            Some(text)
         } else if !self.cluster.may_serve() {
             Some(
-                "no lease: this node cannot reach the cluster's leader, and asks the origin for everything",
+                "no lease: this node cannot reach the cluster's leader, and asks the origin for everything"
+                    .to_owned(),
             )
         } else {
             None
         }
+    }
+
+    fn unanswered(&self) -> Vec<api::Seed> {
+        let seeds = self.cluster.unanswered().into_iter();
+        seeds
+            .map(|(address, why)| api::Seed { address, why })
+            .collect()
     }
 
     /// Answers at the admin address, once the token has been checked.
@@ -230,6 +243,7 @@ impl Admin {
         match segments[..] {
             ["v1", "cluster"] => Reply::json(&api::Cluster {
                 recent_purges: self.purger.recent().iter().map(purge_message).collect(),
+                unanswered: self.unanswered(),
                 ..cluster_message(self.cluster.status())
             }),
             ["v1", "purge", id] => self.progress(id).await,
@@ -555,6 +569,7 @@ fn cluster_message(status: ClusterStatus) -> api::Cluster {
         lease_valid: status.lease_valid,
         nodes: status.nodes.into_iter().map(node_message).collect(),
         recent_purges: Vec::new(),
+        unanswered: Vec::new(),
     }
 }
 

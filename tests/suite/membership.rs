@@ -27,8 +27,16 @@ async fn a_download_survives_the_death_of_any_other_node() {
             counts.iter().all(|n| *n <= 2),
             "one more at most: {counts:?}"
         );
+        let node = cluster.node(1);
+        let lost = format!("a node is not reached peer={dying}");
+        node.until("its end is logged", async || node.log().contains(&lost))
+            .await;
         cluster.node_mut(dying).restart().await;
         cluster.read_from_every_node(&film).await;
+        let node = cluster.node(1);
+        let back = format!("a node is reached again peer={dying}");
+        node.until("its return is logged", async || node.log().contains(&back))
+            .await;
     }
 }
 
@@ -123,6 +131,45 @@ async fn a_certificate_of_another_authority_is_refused() {
     );
     cluster.node(1).read(&film).await;
     cluster.node(2).read(&film).await;
+}
+
+/// A cluster that does not form says why, everywhere that one would look.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_that_does_not_form_says_why() {
+    let mut cluster = Options::cluster(3).prepare().await;
+    let foreign = cluster.dir().join("foreign");
+    std::fs::create_dir(&foreign).unwrap();
+    ca(&foreign, &["init"]);
+    issue_certificate(&foreign, 2);
+    let mut settings = cluster.node(2).setting("cluster").to_owned();
+    for name in ["ca.pem", "node2.pem", "node2.key"] {
+        settings = settings.replace(name, &format!("foreign/{name}"));
+    }
+    cluster.node_mut(2).set("cluster", settings);
+    // Node 3 is not started at all.
+    cluster.node_mut(1).spawn();
+    cluster.node_mut(2).spawn();
+    let node = cluster.node(1);
+    let silent = cluster.node(3).peer_address();
+    let reasons = [
+        "certificate of another authority".to_owned(),
+        format!("UDP {} and {} open?", silent.port(), silent.port() + 1),
+    ];
+    let all_in = |text: &str| reasons.iter().all(|reason| text.contains(reason));
+    node.until("/ready says why", async || {
+        let ready = Ask::get("/ready").send(node.metrics_address()).await;
+        ready.is_ok_and(|reply| reply.status == 503 && all_in(&reply.text()))
+    })
+    .await;
+    let mut status = Command::new(binary("pingora-slicectl"));
+    let server = node.admin_address().to_string();
+    status.args(["--server", &server, "--token", ADMIN_TOKEN, "status"]);
+    let output = output_of(&mut status).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(all_in(&said) && said.contains("has not formed"), "{said}");
+    node.until("the log says why", async || all_in(&node.log()))
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

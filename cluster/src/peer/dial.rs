@@ -20,7 +20,7 @@ use bytes::Bytes;
 use futures::future::{BoxFuture, Shared};
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use quinn::{Connection, ConnectionError, Endpoint, RecvStream};
+use quinn::{Connection, ConnectionError, Endpoint, RecvStream, TransportErrorCode};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{MissedTickBehavior, timeout};
@@ -51,6 +51,8 @@ const ACKNOWLEDGEMENT_DELAY: Duration = Duration::from_millis(50);
 /// What distinguishes the two endpoints.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
+    /// What goes over its connections, in a word.
+    pub carries: &'static str,
     /// What to add to the port that a peer advertises.
     pub port_offset: u16,
     /// Connections to one peer.
@@ -342,7 +344,11 @@ impl Line {
                     continue;
                 }
                 Err(_) => {
-                    reason = format!("{address}: no answer");
+                    let slices = address.port() - self.limits.port_offset;
+                    let control = slices.saturating_add(1);
+                    reason = format!(
+                        "{address}: no answer: is it started, and are UDP {slices} and {control} open?"
+                    );
                     continue;
                 }
             };
@@ -371,8 +377,29 @@ async fn handshake(endpoint: &Endpoint, address: SocketAddr) -> Result<Connectio
                 let connecting = endpoint.connect(address, SERVER_NAME);
                 under_way.push(connecting.map_err(|e| e.to_string())?);
             }
-            Some(outcome) = under_way.next() => return outcome.map_err(|e| e.to_string()),
+            Some(outcome) = under_way.next() => return outcome.map_err(|e| why(&e)),
         }
+    }
+}
+
+/// TLS alerts for a certificate that another authority has signed (RFC 8446
+/// section 6.2): `decrypt_error` where both authorities have one name.
+const OTHER_AUTHORITY: [u8; 2] = [48, 51];
+
+/// Why there is no connection, for an operator.
+fn why(error: &ConnectionError) -> String {
+    let code = match error {
+        // Ours is the judgement, or theirs.
+        ConnectionError::TransportError(e) => e.code,
+        ConnectionError::ConnectionClosed(close) => close.error_code,
+        _ => return error.to_string(),
+    };
+    match OTHER_AUTHORITY
+        .map(TransportErrorCode::crypto)
+        .contains(&code)
+    {
+        true => "certificate of another authority: compare cluster.tls.ca".to_owned(),
+        false => error.to_string(),
     }
 }
 
@@ -406,6 +433,9 @@ type Dialling = Shared<BoxFuture<'static, Result<Connection, String>>>;
 
 /// What is known of a peer.
 struct State {
+    /// Who, and over what: for the log.
+    peer: NodeId,
+    carries: &'static str,
     lanes: Vec<Lane>,
     /// Failures since the last answer; 0: not known to be down.
     failures: u32,
@@ -483,6 +513,9 @@ impl State {
     }
 
     fn succeeded(&mut self) {
+        if self.failures > 0 {
+            tracing::info!(peer = %self.peer, carries = self.carries, "a node is reached again");
+        }
         self.failures = 0;
         self.silences = 0;
     }
@@ -490,6 +523,9 @@ impl State {
     /// Once per failed attempt, or when the last connection has broken.
     fn failed(&mut self, reason: String, backoff_max: Duration) {
         let wait = BACKOFF_FIRST * 2u32.pow(self.failures.min(10));
+        if self.failures == 0 {
+            tracing::info!(peer = %self.peer, carries = self.carries, reason, "a node is not reached");
+        }
         self.retry_at = Instant::now() + wait.min(backoff_max);
         self.failures = self.failures.saturating_add(1);
         self.silences = 0;
@@ -501,6 +537,8 @@ impl Pool {
     fn new(peer: NodeId, advertise: &str, line: Arc<Line>) -> Pool {
         let limits = line.limits;
         let state = State {
+            peer,
+            carries: limits.carries,
             lanes: (0..limits.connections).map(|_| Lane::default()).collect(),
             failures: 0,
             reason: String::new(),

@@ -331,6 +331,7 @@ impl Peers {
             slice_runtime.clone(),
             tasks.clone(),
             dial::Limits {
+                carries: "slices",
                 port_offset: 0,
                 connections: SLICE_CONNECTIONS,
                 streams: SLICE_STREAMS,
@@ -342,6 +343,7 @@ impl Peers {
             control_runtime.clone(),
             tasks.clone(),
             dial::Limits {
+                carries: "control",
                 port_offset: 1,
                 connections: CONTROL_CONNECTIONS,
                 streams: CONTROL_STREAMS,

@@ -19,12 +19,14 @@ use std::time::Duration;
 
 use openraft::{BasicNode, ChangeMembers, RaftMetrics};
 use rand::seq::IteratorRandom as _;
+use tokio::time::Instant;
 
 use super::Shared;
 use super::network::{Hello, Led, Request, Task, Welcome};
 use crate::NodeId;
 use crate::handle::StartError;
 use crate::members::{Member, NodeState, Role};
+use crate::peer::PeerError;
 use crate::state::{Command, Outcome, Refusal};
 
 /// How long a greeted node may take; it asks the leader meanwhile.
@@ -38,6 +40,11 @@ const ROUND: Duration = Duration::from_millis(200);
 /// How often a node looks whether it still holds a lease, and greets if not:
 /// one that was removed while it was cut off learns it this way.
 const CHECK: Duration = Duration::from_secs(1);
+/// How long a node that knows no cluster looks for one before it says what is
+/// in the way: nodes that are started together find one another sooner.
+const LOOKED: Duration = Duration::from_secs(3);
+/// How often it says so again.
+const LOOKED_AGAIN: Duration = Duration::from_secs(30);
 /// How often the leader compares Raft's members with the log's.
 const ARRANGE: Duration = Duration::from_millis(250);
 /// What one change of Raft's members may take.
@@ -77,6 +84,7 @@ impl Shared {
     pub(super) async fn join(self: Arc<Self>) {
         let mut views = self.replica.views();
         let mut warned = false;
+        let mut tell_at = Instant::now() + LOOKED;
         loop {
             views.borrow_and_update();
             let lease = self.replica.state().lease();
@@ -101,6 +109,12 @@ impl Shared {
             if let Err(reason) = self.greet().await {
                 return self.fail(reason);
             }
+            if Instant::now() >= tell_at {
+                tell_at = Instant::now() + LOOKED_AGAIN;
+                for (seed, why) in self.unanswered() {
+                    tracing::warn!(seed, why, "no cluster yet");
+                }
+            }
             let round = if self.is_known(&self.myself()) {
                 CHECK
             } else {
@@ -118,11 +132,9 @@ impl Shared {
             let hello = &hello;
             async move {
                 let answer = self.peers.control_at(&address, hello, GREETING).await;
-                let answer: Option<(NodeId, Welcome)> = answer
-                    .inspect_err(
-                        |e| tracing::debug!(address, error = %e, "no answer to a greeting"),
-                    )
-                    .ok();
+                let answer: Result<(NodeId, Welcome), PeerError> = answer.inspect_err(
+                    |e| tracing::debug!(address, error = %e, "no answer to a greeting"),
+                );
                 (address, answer)
             }
         };
@@ -137,25 +149,38 @@ impl Shared {
         addresses.remove(&self.config.advertise);
         let calls = addresses.into_iter().map(call);
         let mut waiting = BTreeMap::new();
+        let mut unanswered = BTreeMap::new();
         for (address, answer) in futures::future::join_all(calls).await {
             match answer {
-                Some((from, Welcome::Refused(remedy))) if from != self.me => {
+                Ok((from, Welcome::Refused(remedy))) if from != self.me => {
                     return Err(StartError::NodeIdTaken {
                         id: self.me,
                         remedy,
                     });
                 }
-                Some((_, Welcome::Joined(peers))) => self.trust(peers),
-                Some((_, Welcome::Waiting(hello))) => {
+                Ok((_, Welcome::Joined(peers))) => self.trust(peers),
+                Ok((_, Welcome::Waiting(hello))) => {
+                    unanswered.insert(address.clone(), "waits for the others too".to_owned());
                     waiting.insert(address, hello);
                 }
-                Some((from, Welcome::Later { reason, peers })) => {
+                Ok((from, Welcome::Later { reason, peers })) => {
                     self.trust(peers);
                     tracing::debug!(%from, reason, "not admitted yet");
+                    unanswered.insert(address, reason);
                 }
-                Some(_) | None => {}
+                Err(PeerError::Unreachable { reason, .. } | PeerError::Refused { reason, .. }) => {
+                    unanswered.insert(address, reason);
+                }
+                Err(PeerError::TimedOut { .. }) => {
+                    unanswered.insert(address, "did not answer in time".to_owned());
+                }
+                Ok(_) => {}
             }
         }
+        *self
+            .unanswered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = unanswered;
         if self.is_fresh().await {
             self.found(&waiting).await;
         } else if self.replica.view().members.is_empty() || waiting.is_empty() {
@@ -163,6 +188,18 @@ impl Shared {
             self.admit(self.myself()).await;
         }
         Ok(())
+    }
+
+    /// See [`crate::Cluster::unanswered`].
+    pub(crate) fn unanswered(&self) -> BTreeMap<String, String> {
+        match self.replica.view().members.is_empty() {
+            true => self
+                .unanswered
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
+            false => BTreeMap::new(),
+        }
     }
 
     fn hello(&self) -> Hello {

@@ -19,7 +19,7 @@ pub(crate) mod network;
 mod prevote;
 pub(crate) mod store;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -99,6 +99,8 @@ pub(crate) struct Shared {
     trusted: Mutex<BTreeSet<NodeId>>,
     /// Founders of a new cluster, once all have been seen.
     founders: Mutex<Vec<NodeId>>,
+    /// Who was greeted last, and why that has not led to a cluster.
+    unanswered: Mutex<BTreeMap<String, String>>,
     failed: watch::Sender<Option<StartError>>,
     stopping: CancellationToken,
     tasks: TaskTracker,
@@ -162,6 +164,7 @@ impl Node {
             leader_heard: LeaderHeard::default(),
             trusted: Mutex::default(),
             founders: Mutex::default(),
+            unanswered: Mutex::default(),
             failed: watch::Sender::new(None),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
