@@ -165,7 +165,10 @@ pub enum StartError {
     #[error("{0}")]
     Config(String),
     /// Another process holds the data directory.
-    #[error("{path} is in use by another process")]
+    #[error(
+        "{path} is in use by another process: stop that one, or give each node a directory \
+         of its own (cluster.data_dir; without a cluster, l2_cache_dir)"
+    )]
     Locked {
         /// The directory.
         path: PathBuf,
@@ -179,7 +182,10 @@ pub enum StartError {
         remedy: String,
     },
     /// The disk.
-    #[error("{path}: {reason}")]
+    #[error(
+        "{path}: {reason}: this directory (cluster.data_dir; without a cluster, l2_cache_dir) \
+         must be this user's to write, with room left and what is in it whole"
+    )]
     Storage {
         /// Where.
         path: PathBuf,

@@ -15,6 +15,7 @@ use anyhow::{Context, anyhow};
 use pingora_core::listeners::tls::TlsSettings;
 use pingora_core::server::configuration::{Opt, ServerConf};
 use pingora_core::server::{ExecutionPhase, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch};
+use pingora_slice_cluster::handle::StartError;
 use pingora_slice_cluster::peer::certificate_expires;
 use pingora_slice_cluster::{Cluster, handle};
 use tokio::signal::unix::{SignalKind, signal};
@@ -88,20 +89,29 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
     tell_when_certificates_end(&config, &metrics);
     let deadline = Instant::now() + patience;
-    let l2 = match &config.l2 {
+    let open_l2 = || match &config.l2 {
         Some(settings) if config.enable_cache => {
             let mut settings = settings.clone();
             if config.cluster.is_none() {
                 settings.bytes_max = beside_purges(settings.bytes_max);
             }
-            Some(until(deadline, || L2::open(settings.clone()))?)
+            until(deadline, || L2::open(settings.clone())).map(Some)
         }
-        _ => None,
+        _ => Ok(None),
     };
-    let cluster = until(deadline, || match &config.cluster {
-        Some(settings) => runtime.block_on(Cluster::start(settings.clone())),
-        None => Cluster::alone(alone_dir(&config)),
-    })?;
+    let (cluster, l2) = match &config.cluster {
+        // Without its purges a machine alone must not start: before its store
+        // says that it goes on without and will be tried again.
+        None => {
+            let alone = until(deadline, || Cluster::alone(alone_dir(&config)));
+            (alone.map_err(|e| of_alone(&config, e))?, open_l2()?)
+        }
+        Some(settings) => {
+            let l2 = open_l2()?;
+            let start = || runtime.block_on(Cluster::start(settings.clone()));
+            (until(deadline, start)?, l2)
+        }
+    };
     let origin = Origin::new(
         config.upstreams.clone(),
         config.upstream_host.clone(),
@@ -299,6 +309,18 @@ fn alone_dir(config: &Config) -> Option<PathBuf> {
     Some(l2.dir.join("cluster"))
 }
 
+/// Why a machine alone cannot keep its purges, by the key that says where.
+fn of_alone(config: &Config, error: StartError) -> anyhow::Error {
+    match (error, &config.l2) {
+        (StartError::Storage { reason, .. }, Some(l2)) => anyhow!(
+            "l2_cache_dir: {}: {reason}: create it and chown it to this user, set l2_cache_dir \
+             to another directory, or set enable_l2_cache: false",
+            l2.dir.display()
+        ),
+        (error, _) => error.into(),
+    }
+}
+
 /// The socket by which this node's processes meet: in a directory that belongs
 /// to this node alone. Otherwise the reason why there is none.
 fn hand_over_socket(config: &Config) -> Result<String, String> {
@@ -348,10 +370,16 @@ async fn until_stopping(mut phases: broadcast::Receiver<ExecutionPhase>) -> Stop
 /// Pingora tries for half a minute to bind an address that is in use; whoever
 /// starts a node wants to know at once.
 fn refuse_addresses_in_use(config: &Config) -> anyhow::Result<()> {
-    let clients = config.listen.iter().map(|listen| listen.address);
-    let admin = config.admin.as_ref().map(|admin| admin.address);
-    for address in clients.chain(config.metrics_endpoint).chain(admin) {
-        TcpListener::bind(address).with_context(|| format!("listening at {address}"))?;
+    let clients = config
+        .listen
+        .iter()
+        .map(|listen| ("listen", listen.address));
+    let metrics = config.metrics_endpoint;
+    let metrics = metrics.map(|address| ("metrics_endpoint.address", address));
+    let admin = config.admin.as_ref();
+    let admin = admin.map(|admin| ("admin.address", admin.address));
+    for (key, address) in clients.chain(metrics).chain(admin) {
+        TcpListener::bind(address).with_context(|| format!("{key}: listening at {address}"))?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use pingora_slice_tests::cluster::{WAIT_MAX, binary};
+use pingora_slice_tests::cluster::{Ports, WAIT_MAX, binary};
 
 fn start(yaml: &str, args: &[&str]) -> Output {
     let dir = tempfile::tempdir().unwrap();
@@ -97,8 +97,32 @@ fn an_address_in_use_ends_the_start() {
     let output = start(&yaml, &[]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let taken = taken.local_addr().unwrap();
     assert!(
-        said.contains(&taken.local_addr().unwrap().to_string()),
+        said.contains(&format!("listen: listening at {taken}")),
         "{said}"
     );
+}
+
+/// Without a directory for its purges a machine alone does not start, says which
+/// key names it and what to do, and promises no other try.
+#[test]
+fn a_directory_that_cannot_be_made_ends_the_start_of_a_machine_alone() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let below = file.path().join("cache");
+    let ports = Ports::claim();
+    let yaml = format!(
+        "listen: {}\nupstream_address: 127.0.0.1:1\nl2_cache_dir: {below:?}\n",
+        ports.at(0),
+    );
+    let output = start(&yaml, &[]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let named = format!("l2_cache_dir: {}: Not a directory", below.display());
+    assert!(said.contains(&named), "{said}");
+    assert!(
+        said.contains("chown") && said.contains("enable_l2_cache: false"),
+        "{said}"
+    );
+    assert!(!said.contains("tried again"), "{said}");
 }

@@ -192,6 +192,7 @@ async fn two_processes_never_share_a_data_directory() {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("in use by another process"), "{said}");
+    assert!(said.contains("cluster.data_dir"), "the remedy: {said}");
     let film = cluster.origin.publish("/film", MIB);
     cluster.read_from_every_node(&film).await;
 }
