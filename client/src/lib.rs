@@ -12,9 +12,11 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Longest wait for an answer. A purge takes one and a half leases at most, and
-/// leases are seconds.
+/// Longest wait for an answer.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for what needs the leader, a purge above all: a node tries for a
+/// second and two leases, of at most a minute each, and 9 s are for the way.
+pub const LEADER_TIMEOUT: Duration = Duration::from_secs(1 + 2 * 60 + 9);
 /// Longest wait for a warm request: it reads whole objects from the origin.
 const WARM_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Longest answer read, bytes: a thousand warmed URLs of 4 KiB each.
@@ -113,7 +115,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`]: nothing is promised.
     pub fn purge(&self, purge: &api::Purge) -> Result<api::Purged, ClientError> {
-        self.post("/v1/purge", purge, CALL_TIMEOUT)
+        self.post("/v1/purge", purge, LEADER_TIMEOUT)
     }
 
     /// How far a purge has come, by its `request_id`.
@@ -132,7 +134,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn drain(&self, node: u64) -> Result<api::Done, ClientError> {
-        self.post(&format!("/v1/nodes/{node}/drain"), &(), CALL_TIMEOUT)
+        self.post(&format!("/v1/nodes/{node}/drain"), &(), LEADER_TIMEOUT)
     }
 
     /// Removes a node for good; its number is never used again.
@@ -143,7 +145,10 @@ impl Client {
         let path = format!("/v1/nodes/{node}");
         let request = self.agent.delete(format!("{}{path}", self.server));
         let request = request.header("Authorization", self.bearer());
-        let request = request.config().timeout_global(Some(CALL_TIMEOUT)).build();
+        let request = request
+            .config()
+            .timeout_global(Some(LEADER_TIMEOUT))
+            .build();
         self.read(request.call())
     }
 

@@ -211,9 +211,25 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
 /// Between two looks at how far a purge has come; most are done before the first.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
 
-/// Purges, and tells on stderr which nodes are waited for meanwhile.
-fn purge_and_tell(client: &Client, mut purge: api::Purge) -> Result<api::Purged, ClientError> {
+/// Purges, and tells on stderr which nodes are waited for meanwhile. Without an
+/// answer the error says under which number to ask again.
+fn purge_and_tell(client: &Client, mut purge: api::Purge) -> anyhow::Result<api::Purged> {
     let request_id = purge.request_id.get_or_insert_with(random_id).clone();
+    let purged = purge_telling(client, purge, &request_id);
+    purged.map_err(|error| match error {
+        // The node's own word: what to do next comes with it.
+        ClientError::Refused { .. } => error.into(),
+        _ => anyhow::Error::new(error).context(format!(
+            "no answer, so nothing is promised yet: try the same again with --request-id {request_id}"
+        )),
+    })
+}
+
+fn purge_telling(
+    client: &Client,
+    purge: api::Purge,
+    request_id: &str,
+) -> Result<api::Purged, ClientError> {
     let (done, doing) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
         let purging = scope.spawn(move || {
@@ -224,7 +240,7 @@ fn purge_and_tell(client: &Client, mut purge: api::Purge) -> Result<api::Purged,
         let mut told = api::Progress::default();
         while doing.recv_timeout(LOOK_EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
             // Not committed yet, or the leader is busy: the answer will tell.
-            if let Ok(progress) = client.purge_progress(&request_id)
+            if let Ok(progress) = client.purge_progress(request_id)
                 && progress != told
             {
                 eprint!("{}", print::progress(&progress));
@@ -381,6 +397,24 @@ mod tests {
         assert!(purge(&["--all"]).unwrap().all);
         let retry = purge(&["--request-id", "77", "a/b"]).unwrap();
         assert_eq!(retry.request_id.as_deref(), Some("77"));
+    }
+
+    /// Whoever has no answer can ask for the same purge again.
+    #[test]
+    fn a_purge_without_an_answer_names_its_number() {
+        // Taken and closed: whoever connects is not answered.
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = Client::new(&nobody.local_addr().unwrap().to_string(), "t");
+        drop(nobody);
+        let said = |purge| format!("{:#}", purge_and_tell(&client, purge).unwrap_err());
+        let own = said(purge(&["a/b"]).unwrap());
+        let id = own.split("--request-id ").nth(1).expect("a number");
+        assert!(
+            id.len() > 32 && id[..32].chars().all(|c| c.is_ascii_hexdigit()),
+            "{own}"
+        );
+        let given = said(purge(&["--request-id", "77", "a/b"]).unwrap());
+        assert!(given.contains("--request-id 77"), "{given}");
     }
 
     #[test]
