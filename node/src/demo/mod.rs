@@ -33,7 +33,7 @@ pub struct DemoArgs {
     /// End after the last step, with 0, or 1 if one failed.
     #[arg(long)]
     once: bool,
-    /// Serve the files of this directory too (the demo adds its own two).
+    /// Serve the files of this directory too (the demo adds its own two, and removes them).
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     #[command(subcommand)]
@@ -182,10 +182,10 @@ async fn demo(once: bool, dir: Option<PathBuf>) -> Result<()> {
 
 /// The processes of the demo, and where everything is.
 struct Stage {
-    files: PathBuf,
     origin: Process,
     origin_address: SocketAddr,
     nodes: Vec<Node>,
+    files: Files,
     /// Removed when the demo ends, after the processes are stopped.
     home: tempfile::TempDir,
 }
@@ -195,6 +195,35 @@ struct Node {
     clients: SocketAddr,
     metrics: SocketAddr,
     process: Option<Process>,
+}
+
+/// The directory that the origin serves. What the demo adds to it is removed
+/// when this is dropped: a quarter of a gigabyte nobody asked to keep.
+struct Files {
+    /// Absolute: the origin runs in another directory.
+    dir: PathBuf,
+}
+
+impl Files {
+    fn at(dir: &Path) -> Result<Files> {
+        fs::create_dir_all(dir).with_context(|| format!("--dir {}", dir.display()))?;
+        let dir = dir.canonicalize()?;
+        Ok(Files { dir })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        for name in [FILM, ALBUM] {
+            // Either may not have been written yet.
+            let _ = fs::remove_file(self.path(name));
+            let _ = fs::remove_file(partial(&self.path(name)));
+        }
+    }
 }
 
 /// A child that is killed when it is dropped.
@@ -215,13 +244,12 @@ impl Stage {
             .prefix("pingora-slice-demo-")
             .tempdir()?;
         let files = match dir {
-            Some(dir) => dir,
-            None => home.path().join("files"),
+            Some(dir) => Files::at(&dir)?,
+            None => Files::at(&home.path().join("files"))?,
         };
-        fs::create_dir_all(&files)?;
         title("An origin with real files, and three nodes that know each other by certificate");
-        write_random(&files.join(FILM), FILM_BYTES)?;
-        write_random(&files.join(ALBUM), ALBUM_BYTES)?;
+        write_random(&files.path(FILM), FILM_BYTES)?;
+        write_random(&files.path(ALBUM), ALBUM_BYTES)?;
 
         let mut client_ports = Ports { next: 18_080 };
         let mut metrics_ports = Ports { next: 19_081 };
@@ -234,14 +262,14 @@ impl Stage {
                 "demo",
                 "origin",
                 "--dir",
-                path_str(&files)?,
+                path_str(&files.dir)?,
                 "--listen",
                 &origin_address.to_string(),
             ],
         )?;
         say(&format!(
             "origin  http://{origin_address}/  serves {}",
-            files.display()
+            files.dir.display()
         ));
 
         ca_init(home.path())?;
@@ -290,10 +318,10 @@ impl Stage {
             });
         }
         Ok(Stage {
-            files,
             origin,
             origin_address,
             nodes,
+            files,
             home,
         })
     }
@@ -430,7 +458,7 @@ impl Stage {
         for node in &self.nodes {
             old = self.get(node, ALBUM, &[]).await?.sha256;
         }
-        write_random(&self.files.join(ALBUM), ALBUM_BYTES)?;
+        write_random(&self.files.path(ALBUM), ALBUM_BYTES)?;
         let new = fetch(self.origin_address, "GET", &format!("/{ALBUM}"), &[])
             .await?
             .sha256;
@@ -557,16 +585,13 @@ impl Stage {
     }
 
     fn show_logs(&self) {
-        for node in &self.nodes {
-            let path = self.home.path().join(format!("node{}.log", node.id));
+        let nodes = self.nodes.iter().map(|node| format!("node{}", node.id));
+        for name in std::iter::once("origin".to_owned()).chain(nodes) {
+            let path = self.home.path().join(format!("{name}.log"));
             let log = fs::read_to_string(path).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
             let from = lines.len().saturating_sub(20);
-            eprintln!(
-                "--- the end of node {}'s log\n{}",
-                node.id,
-                lines[from..].join("\n")
-            );
+            eprintln!("--- the end of {name}.log\n{}", lines[from..].join("\n"));
         }
     }
 
@@ -659,7 +684,7 @@ fn start(home: &Path, name: &str, args: &[&str]) -> Result<Process> {
 fn write_random(path: &Path, bytes: u64) -> Result<()> {
     use std::io::Write;
     // Beside it first: the origin must never see half a file.
-    let partial = path.with_extension("partial");
+    let partial = partial(path);
     let mut file = fs::File::create(&partial)?;
     let mut piece = vec![0; MIB as usize];
     for _ in 0..bytes / MIB {
@@ -668,6 +693,11 @@ fn write_random(path: &Path, bytes: u64) -> Result<()> {
     }
     drop(file);
     fs::rename(&partial, path).with_context(|| format!("{} cannot be written", path.display()))
+}
+
+/// Where a file is written before it is whole.
+fn partial(path: &Path) -> PathBuf {
+    path.with_extension("partial")
 }
 
 /// Free loopback ports, the same ones each time where they are free.
@@ -724,5 +754,25 @@ mod tests {
         assert_eq!(names, ["ca.pem", "node2.key", "node2.pem"]);
         let key = |dir: &Path| std::fs::read(dir.join("node2.key")).unwrap();
         assert_eq!(key(&authority), key(&nodes.join("2")));
+    }
+
+    #[test]
+    fn what_is_added_to_a_directory_leaves_it_again() {
+        let home = tempfile::tempdir().unwrap();
+        let here = std::env::current_dir().unwrap();
+        let up: PathBuf = here.components().skip(1).map(|_| "..").collect();
+        let relative = up.join(home.path().strip_prefix("/").unwrap());
+        let files = Files::at(&relative).unwrap();
+        assert!(files.dir.is_absolute(), "{}", files.dir.display());
+        let names = || -> Vec<_> {
+            let entries = fs::read_dir(home.path()).unwrap();
+            entries.map(|entry| entry.unwrap().file_name()).collect()
+        };
+        fs::write(files.path("own.txt"), "mine").unwrap();
+        write_random(&files.path(FILM), MIB).unwrap();
+        fs::write(partial(&files.path(ALBUM)), "half").unwrap();
+        assert_eq!(names().len(), 3);
+        drop(files);
+        assert_eq!(names(), ["own.txt"]);
     }
 }
