@@ -118,6 +118,11 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// The path of the section itself.
+    pub fn name(&self) -> &str {
+        &self.path
+    }
+
     /// Whether the key is there and not empty.
     pub fn has(&self, name: &str) -> bool {
         self.map.get(name).is_some_and(|v| !v.is_null())

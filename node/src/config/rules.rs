@@ -31,7 +31,7 @@ use crate::l2::{L2_BYTES_MIN, L2Config, QUEUE_BYTES_MAX};
 const SLICE_BYTES: std::ops::RangeInclusive<u64> = 65_536..=10_485_760;
 /// Bounds of `cluster.lease`: renewals must fit in several times, and a purge
 /// waits up to one and a half leases for a node that has gone.
-const LEASE: std::ops::RangeInclusive<Duration> =
+pub(super) const LEASE: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(200)..=Duration::from_secs(60);
 /// Largest `cluster.weight`: the ring holds points in proportion to it. A node
 /// of weight 0 owns no slices.
@@ -154,14 +154,18 @@ pub(super) fn read_config(root: &mut Section, source: &Source) -> Config {
             pace: s.scalar("pace", duration).unwrap_or(secs(1)),
         }),
         metrics_endpoint: root.section("metrics_endpoint", |s| {
+            warn_if_off(s, &["address"], &mut warnings);
             let enabled = s.scalar("enabled", boolean).unwrap_or(false);
             let address = s.scalar("address", socket_address);
             enabled.then_some(address.unwrap_or((Ipv4Addr::LOCALHOST, 9090).into()))
         }),
-        purge: root.section("purge", |s| PurgeConfig {
-            enabled: s.scalar("enabled", boolean).unwrap_or(false),
-            auth_token: s.token("auth_token").map(Secret::new),
-            enable_metrics: s.scalar("enable_metrics", boolean).unwrap_or(true),
+        purge: root.section("purge", |s| {
+            warn_if_off(s, &["auth_token", "enable_metrics"], &mut warnings);
+            PurgeConfig {
+                enabled: s.scalar("enabled", boolean).unwrap_or(false),
+                auth_token: s.token("auth_token").map(Secret::new),
+                enable_metrics: s.scalar("enable_metrics", boolean).unwrap_or(true),
+            }
         }),
         admin: root.optional_section("admin", read_admin),
         cluster: root.optional_section("cluster", read_cluster),
@@ -187,6 +191,20 @@ pub(super) fn read_config(root: &mut Section, source: &Source) -> Config {
         warnings,
         source: Source::default(),
     }
+}
+
+/// A section that is off unless it says `enabled`, and has other keys: whoever
+/// wrote them takes it for on.
+fn warn_if_off(section: &Section, others: &[&str], warnings: &mut Vec<Problem>) {
+    if section.has("enabled") {
+        return;
+    }
+    let given = others.iter().filter(|name| section.has(name));
+    warnings.extend(given.take(1).map(|name| Problem {
+        key: section.key(name),
+        value: "has no effect".to_string(),
+        remedy: format!("{} is off: add enabled: true", section.name()),
+    }));
 }
 
 /// `memory_budget`, and what it is divided into. Default: room for 1,600

@@ -818,6 +818,39 @@ fn test_slice_size_overrides_with_a_warning() {
     );
 }
 
+/// What is configured and stays off is not passed over in silence.
+#[test]
+fn a_section_that_is_off_warns() {
+    for (yaml, key, section) in [
+        (
+            "metrics_endpoint: {address: '127.0.0.1:9090'}",
+            "metrics_endpoint.address",
+            "metrics_endpoint",
+        ),
+        ("purge: {auth_token: secret}", "purge.auth_token", "purge"),
+    ] {
+        let warnings = good(&format!("{ORIGIN}{yaml}")).warnings;
+        let [warning] = &warnings[..] else {
+            panic!("{yaml}: {warnings:?}")
+        };
+        assert_eq!(warning.key, key);
+        assert_eq!(
+            warning.remedy,
+            format!("{section} is off: add enabled: true")
+        );
+        assert!(!warning.to_string().contains("secret"));
+        let meant = yaml.replace('{', "{enabled: false, ");
+        assert!(good(&format!("{ORIGIN}{meant}")).warnings.is_empty());
+    }
+}
+
+/// The command line waits for longer than a node tries.
+#[test]
+fn a_purge_under_the_longest_lease_is_waited_for() {
+    let tries = Duration::from_secs(1) + 2 * *rules::LEASE.end();
+    assert!(pingora_slice_client::LEADER_TIMEOUT > tries);
+}
+
 fn shipped(name: &str) -> (PathBuf, String) {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../configs")
