@@ -18,7 +18,6 @@ use pingora_slice_cluster::wire::{Answer, Ask};
 use pingora_slice_cluster::{Cluster, NodeId, PurgeIndex};
 use tokio::sync::{Mutex, mpsc};
 
-use crate::admin::Inspect;
 use crate::engine::Engine;
 use crate::metrics::Metrics;
 
@@ -107,18 +106,20 @@ impl SliceSource for Watched {
     }
 
     async fn stored_stamp(&self, url: &str) -> Option<StoredStamp> {
-        let explained = self.0.explain(url).await;
-        let stamp = PurgeIndex(explained.manifest?.stamp);
-        let usable = matches!(explained.verdict.as_str(), "hit" | "stale");
-        Some(StoredStamp { stamp, usable })
+        self.0.stored_stamp(url).await
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admin::Inspect;
+    use crate::config::Config;
     use crate::metrics::Gauges;
+    use crate::origin::Origin;
     use pingora_slice_cluster::purge::{Floor, PurgeMode, Scope};
+    use std::path::Path;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     /// Deliberately broken answers are counted, all others are not.
     #[tokio::test]
@@ -212,5 +213,68 @@ mod tests {
         };
         assert!(!usable.is_stale(PurgeIndex(7), PurgeMode::Soft));
         assert!(good.is_stale(PurgeIndex(7), PurgeMode::Hard));
+    }
+
+    /// A node that really holds what a purge covers is seen; one that has obeyed is not.
+    #[tokio::test]
+    async fn what_is_really_held_is_seen() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let yaml = format!(
+            "listen: 127.0.0.1:1\nupstream_address: {}\nenable_l2_cache: false\n",
+            listener.local_addr().unwrap()
+        );
+        let origin = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                assert!(stream.read_buf(&mut request).await.unwrap() > 0);
+            }
+            let answer =
+                "HTTP/1.1 200 OK\r\nContent-Length: 4\r\nCache-Control: max-age=600\r\n\r\nfilm";
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        });
+        let config = Config::parse(&yaml, Path::new("/")).unwrap();
+        let metrics = Arc::new(Metrics::new());
+        let cluster = Cluster::alone(None).unwrap();
+        let upstreams = config.upstreams.clone();
+        let timeouts = config.origin_timeouts;
+        let engine = Engine::new(
+            config,
+            cluster.clone(),
+            Origin::new(upstreams, None, timeouts, metrics.clone()),
+            None,
+            metrics.clone(),
+            tokio::runtime::Handle::current(),
+        );
+        let warmed = engine.warm(vec!["h/x".to_owned()]).await;
+        assert!(warmed.urls[0].success, "{warmed:?}");
+        origin.await.unwrap();
+
+        let observer = Observer::new(cluster.clone(), metrics.clone());
+        let node = Watched(engine);
+        let held = node.stored_stamp("h/x").await.expect("it was stored");
+        let item = PurgeItem {
+            scope: Scope::All,
+            mode: PurgeMode::Plain,
+        };
+        let observe = async |index, floor| {
+            let observation = Observation {
+                leased: true,
+                floor: Floor {
+                    plain: floor,
+                    soft: floor,
+                    hard: PurgeIndex(0),
+                },
+                stored: node.stored_stamp("h/x").await,
+            };
+            let url = Some("h/x".to_owned());
+            observer.judge(NodeId(2), &Settled { item, url, index }, &observation);
+            metrics.stale_after_ack_total.get()
+        };
+        // Its floor has risen, and it would answer with the old bytes all the same.
+        let next = PurgeIndex(held.stamp.0 + 1);
+        assert_eq!(observe(next, next).await, 1);
+        let purged = cluster.purge(vec![item], 1).await.unwrap();
+        assert_eq!(observe(purged.index, purged.index).await, 1);
     }
 }

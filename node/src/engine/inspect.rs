@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use pingora_slice_client::api;
+use pingora_slice_cluster::handle::StoredStamp;
 use pingora_slice_cluster::purge::Subject;
 use pingora_slice_cluster::slice::touched;
 use pingora_slice_cluster::wire::{OriginRequest, Resolution};
@@ -149,6 +150,21 @@ impl Inspect for Engine {
 }
 
 impl Engine {
+    /// What is held of a URL, and whether a plain request would be answered with
+    /// it unasked: by the same verdict as the request itself. Changes nothing.
+    pub(crate) async fn stored_stamp(&self, url: &str) -> Option<StoredStamp> {
+        let request = self.plain_request(url)?;
+        let held = self.held(&request, None).await?;
+        let may_use = match held.verdict {
+            Verdict::Use(Use::Fresh | Use::Stale | Use::StaleWhileRevalidating) => true,
+            Verdict::Use(Use::Validate) | Verdict::Unusable => false,
+        };
+        Some(StoredStamp {
+            stamp: held.object.manifest.stamp,
+            usable: may_use && self.inner.cluster.may_serve(),
+        })
+    }
+
     /// A GET without any field, for `url` (`host/path?query` or with a scheme).
     fn plain_request(&self, url: &str) -> Option<Request> {
         let (host, target) = parse_url(url).ok()?;
