@@ -131,12 +131,12 @@ fn issue_missing(dir: &Path, nodes: u64, hand_out: Option<&Path>) -> Result<()> 
             ca_issue(dir, id, std::slice::from_ref(&name))?;
         }
         if let Some(own) = hand_out.map(|all| all.join(id.to_string())) {
-            std::fs::create_dir_all(&own)?;
+            fs::create_dir_all(&own)?;
             let (cert, key) = (format!("{name}.pem"), format!("{name}.key"));
             for file in ["ca.pem", &cert, &key] {
                 let to = own.join(file);
                 if !to.exists() {
-                    std::fs::copy(dir.join(file), &to)
+                    fs::copy(dir.join(file), &to)
                         .with_context(|| format!("{} cannot be written", to.display()))?;
                 }
             }
@@ -748,11 +748,11 @@ mod tests {
         for _ in 0..2 {
             issue_missing(&authority, 2, Some(&nodes)).unwrap();
         }
-        let own = std::fs::read_dir(nodes.join("2")).unwrap();
+        let own = fs::read_dir(nodes.join("2")).unwrap();
         let mut names: Vec<_> = own.map(|file| file.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["ca.pem", "node2.key", "node2.pem"]);
-        let key = |dir: &Path| std::fs::read(dir.join("node2.key")).unwrap();
+        let key = |dir: &Path| fs::read(dir.join("node2.key")).unwrap();
         assert_eq!(key(&authority), key(&nodes.join("2")));
     }
 
