@@ -11,6 +11,7 @@
 //! | [`wire`] | what do peers say to one another? |
 //! | `replica` | what has this node applied? |
 //! | `running` | which answers does a hard purge wait for? |
+//! | `shares` | how much has each node under way here? |
 //! | [`raft`] | how does the log reach everybody? |
 //! | [`peer`] | how do bytes cross from node to node? |
 //! | `alone` | how does a machine without a cluster keep its purges? |
@@ -48,6 +49,7 @@ pub mod raft;
 mod replica;
 pub mod ring;
 mod running;
+mod shares;
 pub mod slice;
 pub mod state;
 pub mod wire;

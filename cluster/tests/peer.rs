@@ -708,6 +708,45 @@ async fn half_a_request_is_not_waited_for() {
     assert_eq!(closed, Err(quinn::ReadToEndError::Read(expected)));
 }
 
+/// A node that the cluster's authority knows and the cluster does not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_has_room_for_a_greeting_and_no_more() {
+    let authority = Authority::new();
+    let (asker, owner, _) = pair(&authority);
+    let [_, (control, alpn)] = both_endpoints(&owner);
+    let raw = RawClient::new(&authority.issue(3), alpn);
+    let half = [&[wire::WIRE_VERSION][..], &1000u32.to_be_bytes(), &[0; 10]].concat();
+    let mut held = Vec::new();
+    for _ in 0..11 {
+        let connecting = raw.0.connect(control, peer::SERVER_NAME).unwrap();
+        let connection = connecting.await.unwrap();
+        for _ in 0..100 {
+            let (mut send, recv) = connection.open_bi().await.unwrap();
+            // What is one too many may be closed while it is written.
+            let _ = send.write_all(&half).await;
+            held.push((send, recv));
+        }
+    }
+    until("it is told that it is too much", || {
+        count(|c| &c.busy, &owner) > 0
+    })
+    .await;
+    let _: Vec<u8> = asker.peers.control(NodeId(2), &1u64, SOON).await.unwrap();
+    drop(held);
+
+    let large = vec![0u8; 1 << 20];
+    let said = async |node: &Node| {
+        let answer = node.peers.control::<_, u64>(NodeId(2), &large, SOON).await;
+        answer.unwrap_err().to_string()
+    };
+    let member = said(&asker).await;
+    assert!(member.contains("does not decode"), "{member}");
+    let stranger = Node::start(4, &authority.issue(4), &Scripted::with_members(&[]));
+    stranger.knows(2, &owner);
+    let stranger = said(&stranger).await;
+    assert!(stranger.contains("frame too long"), "{stranger}");
+}
+
 /// A cable between two nodes that can be cut: both ports of a pair.
 struct Cable {
     address: SocketAddr,

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Promises: nobody without a certificate of the cluster's authority gets a
-//! byte; nobody who is not a member gets a slice; a dialled node is the one
+//! byte; nobody who is not a member gets a slice, or room for more than a
+//! greeting; a dialled node is the one
 //! that was meant; a body is complete and intact or seen to be broken; what is
 //! not a frame closes its stream with a [`CloseCode`] and does nothing else;
 //! a peer that has vanished costs two callers their deadline, or a third whose
@@ -60,6 +61,8 @@ pub use self::identity::{NODE_NAME_PREFIX, NODE_NAME_SUFFIX, SERVER_NAME};
 /// Longest request or response on the control endpoint: a piece of a snapshot
 /// (3 MiB) or a batch of log entries, several times over.
 pub const CONTROL_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// The same from those who are not members: a greeting, many times over.
+pub const GREETING_BYTES_MAX: usize = 64 * 1024;
 
 /// A part of a body that does not come within this time breaks the body.
 const BODY_READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -180,11 +183,17 @@ pub trait PeerHandler: Send + Sync + 'static {
     /// Whether `from` (the number in its certificate) is a member now; checked
     /// on every slice request.
     fn is_member(&self, from: NodeId) -> bool;
+    /// Whether `from` may send more than a greeting on the control endpoint:
+    /// besides members those from whom the log itself is to come.
+    fn may_control(&self, from: NodeId) -> bool {
+        self.is_member(from)
+    }
     /// Answers a member on the slice endpoint. The future is dropped when the
     /// asker has gone away.
     async fn slices(&self, from: NodeId, ask: Ask) -> (Answer, Option<Body>);
     /// Answers on the control endpoint: bincode (standard configuration) in
-    /// and out, without prefix. Non-members reach it too: what they may say is
+    /// and out, without prefix. Whom [`PeerHandler::may_control`] denies
+    /// reaches it too, with [`GREETING_BYTES_MAX`] at most: what it may say is
     /// decided here. An error is sent as a refusal. Runs on the control
     /// thread and must not block it.
     async fn control(&self, from: NodeId, request: Bytes) -> Result<Vec<u8>, String>;

@@ -2,8 +2,9 @@
 //!
 //! One task per connection, one per stream. A stream holds one frame, which
 //! must come whole within `HEAD_TIMEOUT`; everything that a peer can make us
-//! hold has a bound. Who asks is read from the certificate, once per
-//! connection; whether it may ask for slices, from the handler, at each request.
+//! hold has a bound, on the control endpoint for each node apart: what one asks
+//! for keeps no other out. Who asks is read from the certificate, once per
+//! connection; what it may ask for, from the handler, at each request.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -16,8 +17,11 @@ use tokio_util::task::TaskTracker;
 
 use super::dial::lock;
 use super::frames::{self, Broken, CloseCode, Unwritten};
-use super::{CONTROL_BYTES_MAX, Counters, Link, PeerHandler, identity};
+use super::{
+    CONTROL_BYTES_MAX, Counters, GREETING_BYTES_MAX, Link, PeerHandler, STREAMS_ACCEPTED, identity,
+};
 use crate::NodeId;
+use crate::shares::Shares;
 use crate::wire::{self, Answer, Ask, FrameError, HEAD_BYTES_MAX, WIRE_VERSION};
 
 /// A request that is not there by then is given up.
@@ -28,9 +32,15 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKES_MAX: usize = 64;
 /// Connections of one endpoint, both ways: 4 each way to 200 peers, and as much again.
 const CONNECTIONS_MAX: usize = 3200;
-/// Requests under way at one endpoint: 64 from each of 16 peers at once; a
-/// head of 256 KiB each makes 256 MiB at the very worst.
+/// Requests for slices under way: 64 from each of 16 peers at once; a head of
+/// 256 KiB each makes 256 MiB at the very worst.
 const REQUESTS_MAX: usize = 1024;
+/// Control requests of one member under way: all of one connection, and what
+/// the one before it has left.
+const MEMBER_REQUESTS_MAX: usize = 160;
+const _: () = assert!(MEMBER_REQUESTS_MAX > STREAMS_ACCEPTED as usize);
+/// The same of anybody else, who greets once in a while.
+const STRANGER_REQUESTS_MAX: usize = 4;
 
 /// First byte of a control response: the response follows.
 pub(super) const CONTROL_ANSWERED: u8 = 0;
@@ -54,7 +64,10 @@ pub(super) struct Server {
     tasks: TaskTracker,
     heard: Box<dyn Fn(NodeId) + Send + Sync>,
     handshakes: Arc<Semaphore>,
-    requests: Arc<Semaphore>,
+    /// For slices.
+    requests: Semaphore,
+    /// For control.
+    shares: Shares,
     /// By quinn's number for them; at most [`CONNECTIONS_MAX`].
     connections: Mutex<HashMap<usize, (NodeId, Connection)>>,
 }
@@ -75,7 +88,8 @@ impl Server {
             tasks,
             heard,
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
-            requests: Arc::new(Semaphore::new(REQUESTS_MAX)),
+            requests: Semaphore::new(REQUESTS_MAX),
+            shares: Shares::default(),
             connections: Mutex::default(),
         })
     }
@@ -156,12 +170,9 @@ impl Server {
 
     /// One stream, from its first byte to its last.
     async fn request(&self, from: NodeId, mut send: SendStream, mut recv: RecvStream) {
-        let outcome = match self.requests.try_acquire() {
-            Err(_) => Err(Refusal::Busy),
-            Ok(_permit) => match self.protocol {
-                Protocol::Slices => self.slices(from, &mut send, &mut recv).await,
-                Protocol::Control => self.control(from, &mut send, &mut recv).await,
-            },
+        let outcome = match self.protocol {
+            Protocol::Slices => self.slices(from, &mut send, &mut recv).await,
+            Protocol::Control => self.control(from, &mut send, &mut recv).await,
         };
         let Err(refusal) = outcome else { return };
         let code = match &refusal {
@@ -198,6 +209,7 @@ impl Server {
         if !self.handler.is_member(from) {
             return Err(Refusal::NotMember);
         }
+        let _permit = self.requests.try_acquire().map_err(|_| Refusal::Busy)?;
         let payload = head(recv, HEAD_BYTES_MAX).await?;
         let ask: Ask = wire::decode(&payload).map_err(|e| Refusal::Request(e.into()))?;
         let (answer, body) = tokio::select! {
@@ -227,7 +239,14 @@ impl Server {
         send: &mut SendStream,
         recv: &mut RecvStream,
     ) -> Result<(), Refusal> {
-        let payload = head(recv, CONTROL_BYTES_MAX).await?;
+        let (requests_max, bytes_max) = if self.handler.may_control(from) {
+            (MEMBER_REQUESTS_MAX, CONTROL_BYTES_MAX)
+        } else {
+            (STRANGER_REQUESTS_MAX, GREETING_BYTES_MAX)
+        };
+        let share = self.shares.take(from, requests_max);
+        let _share = share.ok_or(Refusal::Busy)?;
+        let payload = head(recv, bytes_max).await?;
         let frame = match self.handler.control(from, payload).await {
             Ok(response) if response.len() <= CONTROL_BYTES_MAX => {
                 control_frame(CONTROL_ANSWERED, &response)
@@ -269,7 +288,7 @@ impl std::fmt::Display for Refusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Refusal::NotMember => f.write_str("the asker is not a member"),
-            Refusal::Busy => write!(f, "{REQUESTS_MAX} requests are under way"),
+            Refusal::Busy => f.write_str("too many requests are under way"),
             Refusal::Request(broken) => write!(f, "request: {broken}"),
             Refusal::Unwritten(Unwritten::Asker(broken)) => write!(f, "asker: {broken}"),
             Refusal::Unwritten(Unwritten::Source(broken)) => write!(f, "answer: {broken}"),

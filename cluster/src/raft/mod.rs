@@ -705,6 +705,11 @@ impl PeerHandler for Door {
         from != self.me && self.replica.state().members().contains_key(&from)
     }
 
+    fn may_control(&self, from: NodeId) -> bool {
+        let node = self.node.get().and_then(Weak::upgrade);
+        node.is_some_and(|node| node.is_member(from))
+    }
+
     async fn slices(&self, from: NodeId, ask: Ask) -> (Answer, Option<Body>) {
         match self.source.get() {
             Some(source) => source.answer(from, ask).await,
