@@ -215,6 +215,27 @@ async fn a_purge_is_answered_without_waiting_for_a_renewal() {
     stop_all(nodes).await;
 }
 
+/// However many purges wait on the way to the leader, the acknowledgements that
+/// they wait for overtake them.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_purges_through_a_follower_cost_nobody_the_lease() {
+    let site = Site::new(3, 3);
+    let nodes = site.start_all().await;
+    let follower = &nodes[(leader(&nodes) + 1) % 3];
+    let (items, _) = url(follower, "/film");
+    let purge = async |token| {
+        let began = Instant::now();
+        let receipt = follower.purge(items.clone(), token).await.unwrap();
+        assert_eq!(receipt.fenced, []);
+        began.elapsed()
+    };
+    let times = futures::future::join_all((0..200).map(purge)).await;
+    let slowest = times.into_iter().max();
+    println!("slowest of 200 purges at once: {slowest:?}");
+    assert!(follower.may_serve());
+    stop_all(nodes).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_dies_delays_purges_by_a_lease_and_a_half_at_most() {
     let site = Site::new(3, 3);

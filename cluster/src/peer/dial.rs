@@ -69,8 +69,8 @@ pub(super) enum Place {
     /// Onto one of its seats, for as long as the answer takes: more bodies at
     /// once would wait for one another.
     Seat,
-    /// Past them. For what asks after those who are on the seats: they may all
-    /// be taken, and for long.
+    /// Past them. For what asks after those who are on the seats, or what those
+    /// wait for: they may all be taken, and for long.
     Aside,
 }
 

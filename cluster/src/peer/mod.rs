@@ -75,10 +75,11 @@ const SLICE_CONNECTIONS: usize = 4;
 const SLICE_STREAMS: usize = 16;
 /// Connections to one peer's control endpoint.
 const CONTROL_CONNECTIONS: usize = 1;
-/// Streams on it: small messages, which gain from company.
-const CONTROL_STREAMS: usize = 64;
+/// Streams on it for what the peer may take long to answer, purges above all.
+pub(crate) const CONTROL_STREAMS: usize = 64;
 /// Streams that a peer may have open on one connection to us: twice what our
-/// own diallers use, as a stream's end takes a round trip to be known.
+/// own diallers have seats for, as a stream's end takes a round trip to be
+/// known, and as some go past the seats.
 const STREAMS_ACCEPTED: u32 = 128;
 const _: () = assert!(STREAMS_ACCEPTED as usize >= 2 * CONTROL_STREAMS);
 // And one ping.
@@ -443,7 +444,8 @@ impl Peers {
         ping.await
     }
 
-    /// One request and its response on the control endpoint.
+    /// One request and its response on the control endpoint. It may be kept
+    /// waiting there, and then others wait for its seat.
     ///
     /// # Errors
     /// As [`Peers::ask`].
@@ -453,12 +455,39 @@ impl Peers {
         request: &Q,
         deadline: Duration,
     ) -> Result<R, PeerError> {
+        let place = Place::Seat;
+        self.control_from(place, peer, request, deadline).await
+    }
+
+    /// As [`Peers::control`], past those who wait for a seat: for what they wait
+    /// for, votes, the log, leases and acknowledgements. Each is one task's, and
+    /// answered at once, so that they are few.
+    ///
+    /// # Errors
+    /// As [`Peers::ask`].
+    pub async fn control_aside<Q: Serialize + Sync, R: DeserializeOwned>(
+        &self,
+        peer: NodeId,
+        request: &Q,
+        deadline: Duration,
+    ) -> Result<R, PeerError> {
+        let place = Place::Aside;
+        self.control_from(place, peer, request, deadline).await
+    }
+
+    async fn control_from<Q: Serialize + Sync, R: DeserializeOwned>(
+        &self,
+        place: Place,
+        peer: NodeId,
+        request: &Q,
+        deadline: Duration,
+    ) -> Result<R, PeerError> {
         let frame = control_request(peer, request)?;
         let limit = CONTROL_BYTES_MAX + 1;
         let reply = self
             .inner
             .control
-            .exchange(peer, Place::Seat, frame, limit, deadline)
+            .exchange(peer, place, frame, limit, deadline)
             .await?;
         control_response(peer, &reply.head)
     }

@@ -37,7 +37,7 @@ const CONNECTIONS_MAX: usize = 3200;
 const REQUESTS_MAX: usize = 1024;
 /// Control requests of one member under way: all of one connection, and what
 /// the one before it has left.
-const MEMBER_REQUESTS_MAX: usize = 160;
+pub(crate) const MEMBER_REQUESTS_MAX: usize = 160;
 const _: () = assert!(MEMBER_REQUESTS_MAX > STREAMS_ACCEPTED as usize);
 /// The same of anybody else, who greets once in a while.
 const STRANGER_REQUESTS_MAX: usize = 4;

@@ -360,7 +360,7 @@ impl Shared {
                         applied,
                     };
                     self.peers
-                        .control::<_, ()>(leader, &request, ANSWER)
+                        .control_aside::<_, ()>(leader, &request, ANSWER)
                         .await
                         .is_ok()
                 }
@@ -433,7 +433,7 @@ impl Shared {
         } else {
             let request = Request::Renew(renewal);
             self.peers
-                .control(leader, &request, ANSWER)
+                .control_aside(leader, &request, ANSWER)
                 .await
                 .map_err(|e| e.to_string())?
         };
@@ -455,7 +455,8 @@ impl Shared {
         match self.leader() {
             Some(leader) if leader != self.me => {
                 let request = Request::Release(self.leases.me);
-                let _ = self.peers.control::<_, ()>(leader, &request, ANSWER).await;
+                let released = self.peers.control_aside::<_, ()>(leader, &request, ANSWER);
+                let _ = released.await;
             }
             Some(_) | None => {}
         }

@@ -43,9 +43,11 @@ use crate::handle::{
 };
 use crate::lease::{Incarnation, Standing};
 use crate::members::{Member, NodeState};
-use crate::peer::{Body, CONTROL_BYTES_MAX, PeerHandler, Peers, SliceSource};
+use crate::peer::serve::MEMBER_REQUESTS_MAX;
+use crate::peer::{Body, CONTROL_BYTES_MAX, CONTROL_STREAMS, PeerHandler, Peers, SliceSource};
 use crate::purge::PurgeItem;
 use crate::replica::Replica;
+use crate::shares::Shares;
 use crate::state::{ClusterState, Command, Outcome};
 use crate::wire::{self, Answer, Ask};
 use crate::{NodeId, PurgeIndex};
@@ -78,6 +80,11 @@ pub(crate) const STOP_MAX: Duration = STOP.saturating_mul(5);
 const LOOK: Duration = Duration::from_secs(2);
 /// How long a peer may take to send its metrics.
 const METRICS: Duration = Duration::from_secs(2);
+/// Tasks of one node that a leader carries out at once: as many as that node
+/// has seats for, and what it no longer waits for. They may take long, and its
+/// renewals and acknowledgements, which they wait for, need room beside them.
+const TASKS_MAX: usize = 96;
+const _: () = assert!(CONTROL_STREAMS < TASKS_MAX && TASKS_MAX < MEMBER_REQUESTS_MAX);
 
 /// A member of a cluster: the shell around [`Shared`] that owns its runtime.
 pub(crate) struct Node {
@@ -95,6 +102,8 @@ pub(crate) struct Shared {
     peers: Peers,
     leases: Leases,
     leader_heard: LeaderHeard,
+    /// What is being carried out for others; see [`TASKS_MAX`].
+    led: Shares,
     /// Nodes that may send Raft's calls before the log says who is a member.
     trusted: Mutex<BTreeSet<NodeId>>,
     /// Founders of a new cluster, once all have been seen.
@@ -162,6 +171,7 @@ impl Node {
             raft,
             peers,
             leader_heard: LeaderHeard::default(),
+            led: Shares::default(),
             trusted: Mutex::default(),
             founders: Mutex::default(),
             unanswered: Mutex::default(),
@@ -679,7 +689,10 @@ impl Shared {
             Request::Acknowledge { .. } | Request::Release(_) => {
                 Err("a node speaks for itself alone".into())
             }
-            Request::Lead(task) => encode(&self.lead(task, self.patience()).await),
+            Request::Lead(task) => match self.led.take(from, TASKS_MAX) {
+                Some(_led) => encode(&self.lead(task, self.patience()).await),
+                None => encode(&Led::Unknown("the leader has too much to do".into())),
+            },
             Request::Progress { token } => encode(&self.progress(token)),
             Request::Observe { item, url } => encode(&self.observed(item, url, source).await),
             Request::Metrics => encode(&source.map(|source| source.metrics_text().to_vec())),

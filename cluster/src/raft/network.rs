@@ -176,8 +176,10 @@ impl Connection {
             let error = AnyError::error("a node does not call itself");
             return Err(RPCError::Unreachable(Unreachable::new(&error)));
         }
-        let answer: Result<Result<R, RaftError<u64, E>>, PeerError> =
-            self.peers.control(self.target, &request, deadline).await;
+        let answer: Result<Result<R, RaftError<u64, E>>, PeerError> = self
+            .peers
+            .control_aside(self.target, &request, deadline)
+            .await;
         match answer {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(e)) => Err(RPCError::RemoteError(RemoteError::new(self.target.0, e))),

@@ -78,7 +78,8 @@ impl Shared {
             .into_iter()
             .map(|id| async move {
                 let request = Request::PreVote { last_log };
-                let answer = self.peers.control(NodeId(*id), &request, ANSWER).await;
+                let peer = NodeId(*id);
+                let answer = self.peers.control_aside(peer, &request, ANSWER).await;
                 answer.unwrap_or(false).then_some(*id)
             })
             .collect();
