@@ -511,6 +511,7 @@ async fn the_leader_can_be_removed() {
     let reason = tokio::time::timeout(PATIENCE, gone.failed()).await.unwrap();
     assert!(reason.to_string().contains("removed"), "{reason}");
     let others: BTreeSet<_> = nodes.iter().map(|node| node.view().me).collect();
+    assert_eq!(gone.voters(), others, "it led until it no longer counted");
     until("the others vote alone", || {
         nodes.iter().all(|n| n.voters() == others)
     })
@@ -523,6 +524,25 @@ async fn the_leader_can_be_removed() {
     let reason = tokio::time::timeout(PATIENCE, back.failed()).await.unwrap();
     assert!(matches!(reason, StartError::NodeIdTaken { .. }), "{reason}");
     back.stop().await;
+    stop_all(nodes).await;
+}
+
+/// Of three voters one is down: without another, nothing would be decided again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_voter_that_is_needed_is_not_removed() {
+    let site = Site::new(3, 3);
+    let mut nodes = site.start_all().await;
+    let leads = leader(&nodes);
+    let leader = nodes[leads].view().me;
+    drop(nodes.remove((leads + 1) % 3));
+    let follower = nodes.iter().find(|node| node.view().me != leader).unwrap();
+    let refused = follower.remove(leader).await;
+    let Err(PurgeError::Invalid(why)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(why.contains("votes"), "{why}");
+    purge_until_confirmed(follower, "/film", 1).await;
+    assert_eq!(follower.view().members.len(), 3);
     stop_all(nodes).await;
 }
 

@@ -12,6 +12,8 @@
 //! The log's members are the truth; who takes part in Raft follows from it
 //! ([`Shared::arrange_members`], on the leader): members are added as learners,
 //! those that left are dropped, and voters are made up to `voters_expected`.
+//! A voter that is removed votes until then, as its vote may be needed for that;
+//! it is not removed, nor are voters changed, while those that stay would be too few.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
@@ -23,6 +25,7 @@ use tokio::time::Instant;
 
 use super::Shared;
 use super::network::{Hello, Led, Request, Task, Welcome};
+use super::prevote::is_majority;
 use crate::NodeId;
 use crate::handle::StartError;
 use crate::members::{Member, NodeState, Role};
@@ -51,6 +54,9 @@ const ARRANGE: Duration = Duration::from_millis(250);
 const ARRANGE_STEP: Duration = Duration::from_secs(2);
 /// A learner this close to the end of the log may become a voter, entries.
 const CAUGHT_UP: u64 = 100;
+/// How long a voter that was removed goes on at least, and after it last heard a
+/// leader: it may not have been told that it no longer counts. Several elections.
+const REMOVED_STAYS: Duration = Duration::from_secs(5);
 /// Members greeted in one round besides the seeds.
 const GREETED_MEMBERS: usize = 3;
 
@@ -96,6 +102,7 @@ impl Shared {
                 warned = true;
             }
             if let Some(reason) = self.refusal(&self.myself()) {
+                self.vote_to_the_end().await;
                 return self.fail(reason);
             }
             if self.is_known(&self.myself()) && self.may_serve() {
@@ -107,6 +114,7 @@ impl Shared {
                 continue;
             }
             if let Err(reason) = self.greet().await {
+                self.vote_to_the_end().await;
                 return self.fail(reason);
             }
             if Instant::now() >= tell_at {
@@ -123,6 +131,45 @@ impl Shared {
             let pause = round.mul_f64(rand::random_range(0.75..1.25));
             let _ = tokio::time::timeout(pause, views.changed()).await;
         }
+    }
+
+    /// Waits, if this node votes, until it no longer does.
+    async fn vote_to_the_end(&self) {
+        let began = Instant::now();
+        let mut metrics = self.raft.server_metrics();
+        while self.voting().iter().flatten().any(|id| *id == self.me.0) {
+            let led = self.is_leader() || self.leader_heard.ago() < REMOVED_STAYS;
+            let needed = led && self.replica.state().is_retired(self.me);
+            if began.elapsed() >= REMOVED_STAYS && !needed {
+                return;
+            }
+            if let Ok(Err(_)) = tokio::time::timeout(ARRANGE, metrics.changed()).await {
+                return;
+            }
+        }
+    }
+
+    /// Why `leaving` cannot be removed now: those who vote and stay must be able
+    /// to decide without it, or nothing is ever decided again.
+    pub(super) async fn needed(&self, leaving: NodeId) -> Option<String> {
+        let voters = self.voting();
+        let all: BTreeSet<u64> = voters.iter().flatten().copied().collect();
+        let goes = |id: &u64| self.replica.state().is_retired(NodeId(*id));
+        if goes(&leaving.0) || !all.contains(&leaving.0) {
+            return None;
+        }
+        let mut up = self.answering(all).await;
+        if !is_majority(&voters, &up) {
+            // Nothing is decided now, this neither.
+            return None;
+        }
+        up.retain(|id| *id != leaving.0 && !goes(id));
+        (!is_majority(&voters, &up)).then(|| {
+            format!(
+                "node {leaving} votes, and the other voters that answer ({up:?}) are too few to \
+                 decide anything without it; first bring the rest back, or add a voter"
+            )
+        })
     }
 
     /// One round of greetings, and founding where it is due.
@@ -347,7 +394,7 @@ impl Shared {
                     why @ (Refusal::Retired | Refusal::OtherMachine),
                 )) => return Welcome::Refused(remedy(why)),
                 Led::Applied(Outcome::Refused(why)) => return self.later(id, why.to_string()),
-                Led::Unknown(why) => return self.later(id, why),
+                Led::Unknown(why) | Led::Refused(why) => return self.later(id, why),
                 Led::Applied(_) | Led::Purged(_) => {}
             }
         }
@@ -406,8 +453,14 @@ impl Shared {
         if let Some(patience) = self.config.remove_after {
             let others = view.members.keys().copied().filter(|id| *id != self.me);
             for id in self.leases.silent(others, patience) {
-                tracing::warn!(%id, ?patience, "removing a node that has been silent for too long");
-                step(self.raft.client_write(Command::NodeLeave(id))).await?;
+                let leave = Task::Propose(Command::NodeLeave(id));
+                match self.lead(leave, ARRANGE_STEP).await {
+                    Led::Unknown(why) => return Err(why),
+                    Led::Refused(why) => tracing::debug!(%id, why, "silent, but not removed"),
+                    Led::Applied(_) | Led::Purged(_) => {
+                        tracing::warn!(%id, ?patience, "removed a node that was silent for too long");
+                    }
+                }
             }
         }
         let retired = |id: &u64| self.replica.state().is_retired(NodeId(*id));
@@ -446,6 +499,11 @@ impl Shared {
         wanted.extend(candidates.into_iter().skip(usize::from(even)));
         // In one change: between two, a pair of voters would bear no failure.
         if wanted != voters && !wanted.is_empty() {
+            // Once begun, only a majority of both ends it.
+            let up = self.answering(&wanted | &voters).await;
+            if !is_majority(&[voters, wanted.clone()], &up) {
+                return Err(format!("of the voters to be, {wanted:?}, too few answer"));
+            }
             let change = ChangeMembers::ReplaceAllVoters(wanted);
             step(self.raft.change_membership(change, false)).await?;
         }

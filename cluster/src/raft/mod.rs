@@ -104,6 +104,8 @@ pub(crate) struct Shared {
     leader_heard: LeaderHeard,
     /// What is being carried out for others; see [`TASKS_MAX`].
     led: Shares,
+    /// Held while a node is removed: whether it may be depends on who else goes.
+    removing: tokio::sync::Mutex<()>,
     /// Nodes that may send Raft's calls before the log says who is a member.
     trusted: Mutex<BTreeSet<NodeId>>,
     /// Founders of a new cluster, once all have been seen.
@@ -172,6 +174,7 @@ impl Node {
             peers,
             leader_heard: LeaderHeard::default(),
             led: Shares::default(),
+            removing: tokio::sync::Mutex::default(),
             trusted: Mutex::default(),
             founders: Mutex::default(),
             unanswered: Mutex::default(),
@@ -322,19 +325,26 @@ impl Shared {
     /// Tells the peer layer where members are.
     async fn follow_addresses(self: Arc<Self>) {
         let mut views = self.replica.views();
+        let mut metrics = self.raft.server_metrics();
         let mut known = BTreeSet::new();
         loop {
             views.borrow_and_update();
+            metrics.borrow_and_update();
             let members = self.replica.view().members.clone();
             for member in members.values().filter(|member| member.id != self.me) {
                 self.peers.set_address(member.id, &member.advertise);
             }
-            for gone in known.iter().filter(|id| !members.contains_key(id)) {
-                self.peers.forget(*gone);
-            }
-            known = members.into_keys().collect();
-            if views.changed().await.is_err() {
-                return;
+            known.extend(members.keys().copied());
+            known.retain(|id| {
+                let stays = members.contains_key(id) || self.is_counted(*id);
+                if !stays {
+                    self.peers.forget(*id);
+                }
+                stays
+            });
+            tokio::select! {
+                changed = views.changed() => if changed.is_err() { return },
+                changed = metrics.changed() => if changed.is_err() { return },
             }
         }
     }
@@ -404,6 +414,18 @@ impl Shared {
     /// Carries out `task` as the leader.
     async fn lead(&self, task: Task, left: Duration) -> Led {
         let deadline = Instant::now() + left;
+        let _removing = match &task {
+            Task::Propose(Command::NodeLeave(id)) => {
+                let removing = self.removing.lock().await;
+                if self.is_leader()
+                    && let Some(reason) = self.needed(*id).await
+                {
+                    return Led::Refused(reason);
+                }
+                Some(removing)
+            }
+            Task::Propose(_) | Task::Purge { .. } => None,
+        };
         let (command, wait) = match task {
             Task::Propose(command) => (command, None),
             Task::Purge { items, token, wait } => (Command::Purge { items, token }, Some(wait)),
@@ -533,6 +555,7 @@ impl Shared {
         {
             Led::Purged(receipt) => Ok(receipt),
             Led::Applied(Outcome::Refused(why)) => Err(PurgeError::Invalid(why.to_string())),
+            Led::Refused(why) => Err(PurgeError::Invalid(why)),
             Led::Applied(_) => Err(PurgeError::NotConfirmed("not a purge".into())),
             Led::Unknown(why) => Err(PurgeError::NotConfirmed(why)),
         }
@@ -559,6 +582,7 @@ impl Shared {
         {
             Led::Applied(Outcome::Refused(why)) => Err(PurgeError::Invalid(why.to_string())),
             Led::Applied(_) | Led::Purged(_) => Ok(()),
+            Led::Refused(why) => Err(PurgeError::Invalid(why)),
             Led::Unknown(why) => Err(PurgeError::NotConfirmed(why)),
         }
     }
@@ -627,30 +651,28 @@ impl Shared {
         }
     }
 
-    /// Whether `from` may send more than a greeting.
-    fn is_member(&self, from: NodeId) -> bool {
-        {
-            let state = self.replica.state();
-            if state.is_retired(from) {
-                return false;
-            }
-            if state.members().contains_key(&from) {
-                return true;
-            }
-        }
-        let trusted = self
-            .trusted
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains(&from);
+    /// Whether Raft sends `node` the log. One that was removed it counts until a
+    /// change without it is decided, for which its vote may be needed.
+    fn is_counted(&self, node: NodeId) -> bool {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow();
-        trusted
-            || metrics
-                .membership_config
-                .membership()
-                .get_node(&from.0)
-                .is_some()
+        let membership = metrics.membership_config.membership();
+        membership.get_node(&node.0).is_some()
+    }
+
+    /// Whether `from` may send more than a greeting.
+    fn is_member(&self, from: NodeId) -> bool {
+        let trusted = {
+            let trusted = self.trusted.lock();
+            trusted
+                .unwrap_or_else(PoisonError::into_inner)
+                .contains(&from)
+        };
+        let known = {
+            let state = self.replica.state();
+            state.members().contains_key(&from) || (trusted && !state.is_retired(from))
+        };
+        known || self.is_counted(from)
     }
 
     async fn answer(

@@ -130,6 +130,8 @@ pub(crate) enum Led {
     Purged(PurgeReceipt),
     /// Nothing is known: not the leader, no quorum, not in time. Try again.
     Unknown(String),
+    /// Not appended, with what to do first.
+    Refused(String),
 }
 
 /// Raft's way out.

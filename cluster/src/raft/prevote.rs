@@ -35,7 +35,7 @@ impl LeaderHeard {
     }
 
     /// How long ago that was; `MAX` if never.
-    fn ago(&self) -> Duration {
+    pub(super) fn ago(&self) -> Duration {
         let at = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         at.map_or(Duration::MAX, |at| at.elapsed())
     }
@@ -43,7 +43,7 @@ impl LeaderHeard {
 
 /// Whether `willing` are a majority of the voters, in both halves of a change
 /// of membership.
-fn is_majority(voters: &[BTreeSet<u64>], willing: &BTreeSet<u64>) -> bool {
+pub(super) fn is_majority(voters: &[BTreeSet<u64>], willing: &BTreeSet<u64>) -> bool {
     let mut halves = voters.iter();
     halves.all(|half| 2 * half.intersection(willing).count() > half.len())
 }
@@ -61,14 +61,29 @@ impl Shared {
         }
     }
 
+    /// Whose votes count: two sets while they are being changed.
+    pub(super) fn voting(&self) -> Vec<BTreeSet<u64>> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow();
+        let membership = metrics.membership_config.membership();
+        membership.get_joint_config().clone()
+    }
+
+    /// Who of `nodes` answers now, this node among them.
+    pub(super) async fn answering(&self, nodes: BTreeSet<u64>) -> BTreeSet<u64> {
+        let request = Request::PreVote { last_log: None };
+        let ask = async |id: u64| {
+            let peers = &self.peers;
+            let answer = peers.control_aside::<_, bool>(NodeId(id), &request, ANSWER);
+            (id == self.me.0 || answer.await.is_ok()).then_some(id)
+        };
+        let answers = futures::future::join_all(nodes.into_iter().map(ask));
+        answers.await.into_iter().flatten().collect()
+    }
+
     /// Whether a majority would vote for this node.
     async fn would_win(&self) -> bool {
-        let voters = {
-            let metrics = self.raft.server_metrics();
-            let metrics = metrics.borrow();
-            let membership = metrics.membership_config.membership();
-            membership.get_joint_config().clone()
-        };
+        let voters = self.voting();
         let last_log = self.last_log();
         let mut answers: FuturesUnordered<_> = voters
             .iter()
@@ -99,7 +114,7 @@ impl Shared {
         !self.is_leader() && self.leader_heard.ago() >= ELECTION_MAX && last_log >= self.last_log()
     }
 
-    fn is_leader(&self) -> bool {
+    pub(super) fn is_leader(&self) -> bool {
         self.raft.server_metrics().borrow().state.is_leader()
     }
 
