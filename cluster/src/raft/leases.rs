@@ -39,6 +39,10 @@ const TELL_EVERY: Duration = Duration::from_secs(5);
 /// What writing the first entry of a reign may take before it is tried again.
 const FIRST_ENTRY: Duration = Duration::from_secs(2);
 
+/// A node that has not asked who is silent for this part of its patience has
+/// stood still itself, its machine perhaps, and was deaf meanwhile.
+const STANDSTILL: u32 = 3;
+
 /// This node's lease, and the table that it keeps while it leads.
 pub(super) struct Leases {
     me: Incarnation,
@@ -58,8 +62,15 @@ struct Desk {
     table: LeaseTable,
     renewals: BTreeMap<(Incarnation, Duration), oneshot::Sender<Result<Grant, Refusal>>>,
     purges: BTreeMap<PurgeIndex, Vec<oneshot::Sender<Option<Vec<NodeId>>>>>,
-    /// What was heard of each node since this one leads.
-    heard: BTreeMap<NodeId, Heard>,
+    heard: Hearing,
+}
+
+/// What was heard of each node since this one leads, and when.
+#[derive(Default)]
+struct Hearing {
+    nodes: BTreeMap<NodeId, Heard>,
+    /// When it last was asked who is silent.
+    asked_at: Option<Duration>,
 }
 
 #[derive(Clone, Copy)]
@@ -68,9 +79,31 @@ struct Heard {
     applied: PurgeIndex,
 }
 
-impl Desk {
-    fn hear(&mut self, node: NodeId, applied: PurgeIndex) {
-        self.heard.insert(node, Heard { at: now(), applied });
+impl Hearing {
+    fn hear(&mut self, now: Duration, node: NodeId, applied: PurgeIndex) {
+        self.nodes.insert(node, Heard { at: now, applied });
+    }
+
+    /// See [`Leases::silent`].
+    fn silent(
+        &mut self,
+        now: Duration,
+        nodes: impl IntoIterator<Item = NodeId>,
+        patience: Duration,
+    ) -> Vec<NodeId> {
+        let since_asked = self.asked_at.map(|asked_at| now.saturating_sub(asked_at));
+        self.asked_at = Some(now);
+        if since_asked.is_none_or(|since| since > patience / STANDSTILL) {
+            self.nodes.values_mut().for_each(|heard| heard.at = now);
+        }
+        let fresh = Heard {
+            at: now,
+            applied: PurgeIndex(0),
+        };
+        let silent = |node: &NodeId| {
+            now.saturating_sub(self.nodes.entry(*node).or_insert(fresh).at) >= patience
+        };
+        nodes.into_iter().filter(silent).collect()
     }
 }
 
@@ -106,7 +139,11 @@ impl Leases {
 
     /// What `node` has applied, where this node has heard it (the leader has).
     pub(super) fn applied_by(&self, node: NodeId) -> Option<PurgeIndex> {
-        self.desk().heard.get(&node).map(|heard| heard.applied)
+        self.desk()
+            .heard
+            .nodes
+            .get(&node)
+            .map(|heard| heard.applied)
     }
 
     /// What the table says of each node; empty where this one does not lead.
@@ -114,23 +151,15 @@ impl Leases {
         self.desk().table.standings(now())
     }
 
-    /// Which of `nodes` have been silent for `patience`. One that was never
-    /// heard of counts from the first time it is asked about.
+    /// Which of `nodes` have been silent for `patience`, asked several times
+    /// within that. One that was never heard of counts from the first time it is
+    /// asked about; all count from when this node has last stood still.
     pub(super) fn silent(
         &self,
         nodes: impl IntoIterator<Item = NodeId>,
         patience: Duration,
     ) -> Vec<NodeId> {
-        let mut desk = self.desk();
-        let now = now();
-        let fresh = Heard {
-            at: now,
-            applied: PurgeIndex(0),
-        };
-        let silent = |node: &NodeId| {
-            now.saturating_sub(desk.heard.entry(*node).or_insert(fresh).at) >= patience
-        };
-        nodes.into_iter().filter(silent).collect()
+        self.desk().heard.silent(now(), nodes, patience)
     }
 
     fn desk(&self) -> MutexGuard<'_, Desk> {
@@ -151,7 +180,7 @@ impl Leases {
         let (tell, told) = oneshot::channel();
         {
             let mut desk = self.desk();
-            desk.hear(renewal.from.node, renewal.applied);
+            desk.heard.hear(now(), renewal.from.node, renewal.applied);
             desk.renewals.insert((renewal.from, renewal.sent_at), tell);
             self.step(&mut desk, Input::Renew(renewal));
         }
@@ -161,7 +190,7 @@ impl Leases {
     /// Takes note of what a process has applied.
     pub(super) fn acknowledge(&self, from: Incarnation, applied: PurgeIndex) {
         let mut desk = self.desk();
-        desk.hear(from.node, applied);
+        desk.heard.hear(now(), from.node, applied);
         self.step(&mut desk, Input::Acked { from, applied });
     }
 
@@ -253,7 +282,7 @@ impl Shared {
             if leading != reigning {
                 reigning = None;
                 let mut desk = self.leases.desk();
-                desk.heard.clear();
+                desk.heard = Hearing::default();
                 self.leases.step(&mut desk, Input::Follow);
             }
             if leading.is_some() && reigning.is_none() {
@@ -460,5 +489,43 @@ impl Shared {
             }
             Some(_) | None => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn silent_at(hearing: &mut Hearing, seconds: u64) -> Vec<NodeId> {
+        let nodes = [NodeId(2), NodeId(3)];
+        hearing.silent(Duration::from_secs(seconds), nodes, PATIENCE)
+    }
+
+    #[test]
+    fn a_node_is_silent_once_nothing_came_of_it_for_so_long() {
+        let mut hearing = Hearing::default();
+        for seconds in 0..60 {
+            assert_eq!(silent_at(&mut hearing, seconds), []);
+            hearing.hear(Duration::from_secs(seconds), NodeId(2), PurgeIndex(1));
+        }
+        assert_eq!(silent_at(&mut hearing, 60), [NodeId(3)]);
+    }
+
+    /// The boot clock goes on while a machine is suspended.
+    #[test]
+    fn whoever_stood_still_calls_nobody_silent() {
+        let mut hearing = Hearing::default();
+        for node in [2, 3] {
+            hearing.hear(Duration::ZERO, NodeId(node), PurgeIndex(1));
+        }
+        assert_eq!(silent_at(&mut hearing, 1), []);
+        assert_eq!(silent_at(&mut hearing, 4000), []);
+        hearing.hear(Duration::from_secs(4001), NodeId(2), PurgeIndex(1));
+        for seconds in 4001..4060 {
+            assert_eq!(silent_at(&mut hearing, seconds), []);
+        }
+        assert_eq!(silent_at(&mut hearing, 4060), [NodeId(3)]);
     }
 }
