@@ -19,10 +19,15 @@ use crate::running::{Epoch, Over, Running};
 use crate::state::{ClusterState, Command, Outcome};
 use crate::{NodeId, PurgeIndex};
 
-/// How long a hard purge waits for answers to end. They have notice at once:
-/// what is not gone by now is a thread that stands still. Well below half a
-/// lease, after which this node would be let go (rule 13).
+/// How long a hard purge waits for answers to end, at most. They have notice at
+/// once: what is not gone by now is a thread that stands still.
 const ENDING_MAX: Duration = Duration::from_millis(250);
+
+/// The same with this lease: well below half of it, after which this node would
+/// be let go (rule 13). A machine alone has none.
+fn ending_max(lease: Option<Duration>) -> Duration {
+    lease.map_or(ENDING_MAX, |lease| ENDING_MAX.min(lease / 4))
+}
 
 /// See the module's text.
 pub(crate) struct Replica {
@@ -135,7 +140,8 @@ impl Replica {
         };
         let latest = *latest;
         let all = futures::future::join_all(ending.into_iter().map(|(_, over)| over.let_go()));
-        let in_time = tokio::time::timeout(ENDING_MAX, all).await;
+        let patience = ending_max(self.state().lease());
+        let in_time = tokio::time::timeout(patience, all).await;
         if in_time.is_err() {
             tracing::warn!("answers go on after a hard purge: something stands still");
         }
@@ -225,5 +231,43 @@ fn view(me: NodeId, state: &ClusterState, before: Option<&View>) -> View {
         ring: known(state.ring_epoch()).unwrap_or_else(|| Arc::new(state.ring())),
         previous_ring: known(state.previous_epoch())
             .unwrap_or_else(|| Arc::new(state.previous_ring())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::purge::{PurgeItem, Scope};
+    use crate::slice::HashKey;
+
+    /// Rule 13 lets a node go that acknowledges nothing for half a lease.
+    #[tokio::test]
+    async fn an_answer_that_does_not_end_costs_no_lease() {
+        let lease = Duration::from_millis(200);
+        let found = Command::Found {
+            hash_key: HashKey([3; 16]),
+            lease,
+        };
+        let item = PurgeItem {
+            scope: Scope::All,
+            mode: PurgeMode::Hard,
+        };
+        let purge = Command::Purge {
+            items: vec![item],
+            token: 1,
+        };
+        let replica = Replica::new(NodeId(1), ClusterState::default());
+        let _answering = replica.answering();
+        replica.apply([(PurgeIndex(1), Some(found)), (PurgeIndex(2), Some(purge))]);
+        assert_eq!(*replica.settled().borrow(), PurgeIndex(0));
+        let began = Instant::now();
+        replica.settle().await;
+        let took = began.elapsed();
+        assert_eq!(*replica.settled().borrow(), PurgeIndex(2));
+        assert!(took < lease / 2, "{took:?}");
+        assert_eq!(ending_max(None), ENDING_MAX);
+        assert_eq!(ending_max(Some(Duration::from_secs(2))), ENDING_MAX);
     }
 }
