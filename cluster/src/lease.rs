@@ -348,12 +348,15 @@ struct Entry {
     process: u64,
     acked: PurgeIndex,
     right: Right,
+    /// What it was last refused a lease for, having to apply it first.
+    owed: Option<PurgeIndex>,
 }
 
 /// Whether a node's process may be answering from cache; times are the leader's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Right {
-    /// An earlier leader may have granted it a lease that ends by then.
+    /// An earlier leader may have granted it a lease that ends by then; or it is
+    /// waited for until then as if, so that it can get one.
     Unknown { until: Duration },
     /// This leader has granted it a lease that ends by then.
     Leased { until: Duration },
@@ -387,6 +390,7 @@ impl Reign {
             process: 0,
             acked: PurgeIndex(0),
             right,
+            owed: None,
         };
         Reign {
             term,
@@ -422,6 +426,7 @@ impl Reign {
             process: from.process,
             acked: applied,
             right: Right::Fenced,
+            owed: None,
         };
         let entry = self.entries.entry(from.node).or_insert(new);
         if from.process < entry.process {
@@ -463,11 +468,21 @@ impl Reign {
     fn grant(&mut self, now: Duration, renewal: Renewal) -> Result<Grant, Refusal> {
         let needed = self.first_entry.max(self.settled);
         let until = now + self.lease + margin(self.lease);
+        let waits = now + self.lease / 2;
         let entry = self
             .hear(renewal.from, renewal.applied)
             .ok_or(Refusal::Replaced)?;
         let holds = matches!(entry.right, Right::Leased { until } if now < until);
         if !holds && entry.acked < needed {
+            // It has come to where it had to, and more purges have been answered
+            // without it meanwhile. They wait for it from now on, until it has
+            // asked again, or it would be behind for as long as they come. Who
+            // does not keep up is waited for once, as long as by rule 13.
+            if entry.owed.is_some_and(|owed| owed <= entry.acked) {
+                let until = entry.right.until().map_or(waits, |until| until.max(waits));
+                entry.right = Right::Unknown { until };
+            }
+            entry.owed = Some(needed);
             return Err(Refusal::Behind { needed });
         }
         let acked = entry.acked;
@@ -481,6 +496,7 @@ impl Reign {
         }
         if let Some(entry) = self.entries.get_mut(&renewal.from.node) {
             entry.right = Right::Leased { until };
+            entry.owed = None;
         }
         Ok(Grant {
             to: renewal.from,
@@ -805,6 +821,63 @@ mod tests {
         let until = after(1099) + LEASE + margin(LEASE);
         assert_eq!(table.step(until, Input::Tick), settled(11, &[]));
         assert!(until < after(100) + LEASE * 8 / 5);
+    }
+
+    /// It is always a few behind: what is answered while it asks is without it.
+    #[test]
+    fn a_node_that_keeps_up_gets_a_lease_while_purges_keep_coming() {
+        let mut table = leading(&[1, 2]);
+        assert!(ask(&mut table, after(0), renewal(1, 10)).is_ok());
+        table.step(after(0), Input::Released(process(2, 1)));
+        // A purge every millisecond; 1 acknowledges at once, 2 five later.
+        let asks_at = [100, 600, 1100, 1600];
+        let (mut answers, mut slowest) = (Vec::new(), 0);
+        let mut answered = 0;
+        for ms in 1..=2000 {
+            let index = 100 + ms;
+            let mut outputs = commit(&mut table, after(ms), index);
+            outputs.extend(acked(&mut table, after(ms), 1, index));
+            outputs.extend(acked(&mut table, after(ms), 2, index - 5));
+            for output in outputs {
+                let Output::Settled { index, .. } = output else {
+                    panic!("{output:?}");
+                };
+                slowest = slowest.max(ms - (index.0 - 100));
+                answered += 1;
+            }
+            if ms % 500 == 250 {
+                assert!(ask(&mut table, after(ms), renewal(1, index)).is_ok());
+            }
+            if asks_at.contains(&ms) {
+                answers.push(ask(&mut table, after(ms), renewal(2, index - 5)).is_ok());
+            }
+        }
+        // Behind; behind, and waited for; leased.
+        assert_eq!(answers, [false, false, true, true]);
+        assert_eq!((slowest, answered), (5, 1995));
+    }
+
+    /// Waiting for one that fell behind costs purges half a lease, once.
+    #[test]
+    fn a_node_that_does_not_keep_up_is_not_waited_for_again() {
+        let mut table = leading(&[1, 2]);
+        assert!(ask(&mut table, after(0), renewal(1, 10)).is_ok());
+        table.step(after(0), Input::Released(process(2, 1)));
+        let commit_and_ack = |table: &mut LeaseTable, ms, index| {
+            let outputs = commit(table, after(ms), index);
+            [outputs, acked(table, after(ms), 1, index)].concat()
+        };
+        assert_eq!(commit_and_ack(&mut table, 1, 11), settled(11, &[1]));
+        assert!(ask(&mut table, after(2), renewal(2, 10)).is_err());
+        assert_eq!(commit_and_ack(&mut table, 3, 12), settled(12, &[1]));
+        assert!(ask(&mut table, after(500), renewal(2, 11)).is_err());
+        assert_eq!(commit_and_ack(&mut table, 501, 13), []);
+        assert!(ask(&mut table, after(1000), renewal(2, 11)).is_err());
+        let until = after(500) + LEASE / 2;
+        assert_eq!(table.next_tick(), Some(until));
+        assert_eq!(table.step(until, Input::Tick), settled(13, &[1]));
+        assert!(ask(&mut table, after(1600), renewal(2, 11)).is_err());
+        assert_eq!(commit_and_ack(&mut table, 1601, 14), settled(14, &[1]));
     }
 
     #[test]
