@@ -113,7 +113,7 @@ metrics! {
     cache_misses_total: IntCounter;
     /// Percent, 0 to 100: hits of hits and misses since start. Worry below 50 for ten minutes.
     cache_hit_rate: Gauge;
-    /// Failures of what is stored that requests went on without: damage in memory and on disk (l1_damaged_total, parts_damaged_total, l2_damaged_total), and reads of the disk given up after 2 s. Worry when it grows at all.
+    /// Failures of what is stored that requests went on without: damage in memory and on disk (l1_damaged_total, parts_damaged_total, l2_damaged_total), and reads of the disk given up after 5 s. Worry when it grows at all.
     cache_errors_total: IntCounter;
     /// Slices delivered, by source. Worry when origin grows while l1, l2 and peer do not.
     slices_total: IntCounterVec {source = ["l1" "l2" "flight" "peer" "origin"]};

@@ -6,13 +6,12 @@ use pingora_slice_tests::{Fault, Film, MIB, Options, SLICE_BYTES, TestCluster};
 
 /// Everything is on this node's disk, as far as it says.
 async fn until_on_disk(cluster: &TestCluster, film: &Film) {
-    let length = film.length() as f64;
-    for node in cluster.nodes() {
-        node.until("the slices are on disk", async || {
-            cluster.metric_sum("l2_bytes").await >= length
-        })
-        .await;
-    }
+    let slices = film.slices() as f64;
+    let node = cluster.node(1);
+    node.until("the slices are on disk", async || {
+        cluster.metric_sum("l2_writes_total").await >= slices
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
