@@ -927,18 +927,31 @@ fn sent_on(headers: &HeaderMap, is_get: bool, loop_id: Option<&str>) -> Vec<(Str
         .flat_map(|v| v.split(','))
         .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
         .collect();
+    let cookies = joined_cookies(headers);
     let mut list: Vec<(String, Vec<u8>)> = headers
         .iter()
         .filter(|(name, _)| !NOT_SENT_ON.contains(&name.as_str()) && !nominated.contains(name))
         .filter(|(name, _)| !may_choose(name))
         .filter(|(name, _)| *name != header::RANGE || is_range_sent)
+        .filter(|(name, _)| *name != header::COOKIE || cookies.is_none())
         .map(|(name, value)| (name.as_str().to_owned(), value.as_bytes().to_vec()))
         .collect();
+    list.extend(cookies.map(|cookies| (header::COOKIE.to_string(), cookies.as_bytes().to_vec())));
     list.push(("via".into(), VIA.into()));
     if let Some(id) = loop_id {
         list.push(("cdn-loop".into(), id.as_bytes().to_vec()));
     }
     list
+}
+
+/// The cookies of several lines in one: HTTP/2 may split them, HTTP/1 may not
+/// (RFC 9113 section 8.2.3). `None` where there are no several.
+fn joined_cookies(headers: &HeaderMap) -> Option<HeaderValue> {
+    let lines = headers.get_all(header::COOKIE).iter();
+    let lines: Vec<&[u8]> = lines.map(HeaderValue::as_bytes).collect();
+    (lines.len() > 1)
+        .then(|| HeaderValue::from_bytes(&lines.join(&b"; "[..])).ok())
+        .flatten()
 }
 
 /// Whether a field could choose an answer ([`MAY_CHOOSE`]). Who the client is
@@ -1073,6 +1086,9 @@ impl ProxyHttp for Front {
             upstream.append_header("cdn-loop", id.as_bytes())?;
         }
         upstream.remove_header("x-purge-token");
+        if let Some(cookies) = joined_cookies(&upstream.headers) {
+            upstream.insert_header(header::COOKIE, cookies)?;
+        }
         let client = session.req_header();
         if let Some(left) = max_forwards(client)
             && matches!(client.method, Method::OPTIONS | Method::TRACE)
