@@ -73,6 +73,7 @@ const NOT_SENT_ON: &[&str] = &[
     "trailer",
     "transfer-encoding",
     "upgrade",
+    "http2-settings",
     "content-length",
     "expect",
     "x-purge-token",
@@ -208,7 +209,7 @@ impl Front {
             true => Asked::Refuse(504, "only-if-cached"),
             false => Asked::Pass(why),
         };
-        if head.headers.contains_key(header::UPGRADE) {
+        if is_for_websocket(&head.headers) {
             return pass("upgrade");
         }
         let has_body = head.headers.contains_key(header::TRANSFER_ENCODING)
@@ -959,6 +960,17 @@ fn joined_cookies(headers: &HeaderMap) -> Option<HeaderValue> {
 fn may_choose(name: &HeaderName) -> bool {
     let name = name.as_str().replace('_', "-");
     name != "x-forwarded-for" && MAY_CHOOSE.iter().any(|start| name.starts_with(start))
+}
+
+/// Whether a request asks for a WebSocket (RFC 6455), which needs the origin. Any
+/// other Upgrade may be ignored (RFC 9110 section 7.8): many clients offer `h2c`
+/// with each request.
+fn is_for_websocket(headers: &HeaderMap) -> bool {
+    let lines = headers.get_all(header::UPGRADE).iter();
+    let mut offered = lines
+        .filter_map(|line| line.to_str().ok())
+        .flat_map(|line| line.split(','));
+    offered.any(|protocol| protocol.trim().eq_ignore_ascii_case("websocket"))
 }
 
 /// How often a request may still be sent on (RFC 9110 section 7.6.2).
