@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use http::header::{
-    ACCEPT_RANGES, CONTENT_ENCODING, DATE, ETAG, HeaderMap, IF_MODIFIED_SINCE, IF_NONE_MATCH,
-    IF_RANGE, LAST_MODIFIED,
+    ACCEPT_ENCODING, ACCEPT_RANGES, CONTENT_ENCODING, DATE, ETAG, HeaderMap, IF_MODIFIED_SINCE,
+    IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED,
 };
 use pingora_slice_cluster::purge::{Subject, joinable};
 use pingora_slice_cluster::slice::{slice_at, slice_range};
@@ -950,7 +950,11 @@ impl Engine {
             None => exact_date,
         };
         let strong = status == 200 && has_strong_validator;
-        let by = freshness::vary(&answer.headers)?;
+        let mut by = freshness::vary(&answer.headers)?;
+        if !version.whole {
+            // Slices are asked for as they are, whatever encodings the client takes.
+            by.retain(|name| *name != ACCEPT_ENCODING.as_str());
+        }
         let variant = manifest::variant_of(&by, &request.origin.headers);
         let object = ObjectKey(manifest::variant_key(&hash_key, request.key, &variant));
         let mut headers = answer.headers.clone();
