@@ -1064,7 +1064,9 @@ impl Engine {
         });
     }
 
-    fn mark_uncacheable(&self, key: ObjectKey) {
+    /// Passes an object's next requests at once: what is found to be of no use for
+    /// the cache need not be found out each time.
+    pub fn mark_uncacheable(&self, key: ObjectKey) {
         let mut list = self.inner.uncacheable.lock().expect("no panic while held");
         if list.len() >= UNCACHEABLE_MAX {
             list.clear();

@@ -292,8 +292,18 @@ impl Front {
                     self.refuse(session, ctx, status, reason.as_str()).await?;
                     return Ok(true);
                 }
+                // It was asked for without what the client says, to be kept: the origin judges.
                 Resolved::Relay(relay) if relay.status == 200 && plan::has_conditions(&fields) => {
-                    // It was asked for without them, to be kept: the origin judges.
+                    ctx.passed = Some("uncacheable");
+                    return Ok(false);
+                }
+                Resolved::Relay(relay)
+                    if relay.status == 200
+                        && is_get
+                        && !request.sliced
+                        && plan::wants_ranges(&fields) =>
+                {
+                    self.engine.mark_uncacheable(request.key);
                     ctx.passed = Some("uncacheable");
                     return Ok(false);
                 }

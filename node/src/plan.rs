@@ -132,6 +132,11 @@ pub fn has_conditions(headers: &HeaderMap) -> bool {
     names.iter().any(|name| headers.contains_key(name))
 }
 
+/// Whether a GET with these fields asks for ranges, in a form that is not to be ignored.
+pub fn wants_ranges(headers: &HeaderMap) -> bool {
+    range_value(headers).and_then(parse_range).is_some()
+}
+
 /// Whether these fields ask for ranges of which an object of `length` bytes has none.
 pub fn is_unsatisfiable(headers: &HeaderMap, length: u64) -> bool {
     range_value(headers)

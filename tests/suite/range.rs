@@ -1,7 +1,7 @@
 //! Ranges and conditions, in all the forms that clients send.
 
 use pingora_slice_tests::http::{Reply, raw};
-use pingora_slice_tests::{Ask, Film, MIB, Node, SLICE_BYTES, TestCluster};
+use pingora_slice_tests::{Ask, Film, MIB, Node, Options, SLICE_BYTES, TestCluster};
 
 const LENGTH: u64 = 3 * SLICE_BYTES + 100;
 
@@ -276,6 +276,41 @@ async fn one_byte_costs_the_origin_two_slices_at_most() {
         let sent: u64 = film.seen().iter().map(|seen| seen.sent).sum();
         assert!(sent <= 1 + 2 * SLICE_BYTES, "{path}: {sent} bytes");
     }
+}
+
+/// What no pattern names is asked for whole, to be kept; where it is not, a client
+/// that wants a part gets a part, for one request each.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_range_of_what_is_not_kept_costs_a_range() {
+    let cluster = Options::alone()
+        .set("slice_patterns", "[^/sliced]")
+        .start()
+        .await;
+    let film = cluster.origin.publish("/docs/big.pdf", LENGTH);
+    film.header("Cache-Control", "private");
+    for round in 0..3 {
+        let before = film.seen().len();
+        let range = format!("bytes={}-", LENGTH - 10 - round);
+        let ask = Ask::get(film.path()).range(&range);
+        let reply = cluster.node(1).ask(ask).await;
+        assert_eq!(reply.status, 206, "{range}");
+        is_consistent(&reply, &film, &range);
+        let asked: Vec<String> = film.seen()[before..]
+            .iter()
+            .map(|seen| seen.header("range").to_owned())
+            .collect();
+        let expected = match round {
+            0 => vec![String::new(), range],
+            _ => vec![range],
+        };
+        assert_eq!(asked, expected);
+    }
+    // What is no range is no reason to ask again.
+    let lines = Ask::get("/docs/other.pdf").range("lines=1-2");
+    let other = cluster.origin.publish("/docs/other.pdf", LENGTH);
+    other.header("Cache-Control", "private");
+    let reply = cluster.node(1).ask(lines).await;
+    assert_eq!((reply.status, other.seen().len()), (200, 1));
 }
 
 /// Promise P3, and no purge: a client that wants more than the part that is
