@@ -25,8 +25,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, watch};
 /// index's cache and memtables (24 MiB), places and buffers of disk reads (4 MiB),
 /// 128 idle origin connections (16 MiB).
 pub const FIXED_BYTES: u64 = 64 << 20;
-/// A client's connection: Pingora's read buffer (64 KiB), the piece that is
-/// being written (64 KiB), and the tasks that hold them.
+/// A client's connection: its request's head, or what Pingora reads of a body (64 KiB
+/// at most), the piece that is being written (64 KiB), and the tasks that hold them.
 pub const CONNECTION_BYTES: u64 = 160 << 10;
 /// A stream of HTTP/2: the same, and what its send buffer takes (400 KiB).
 pub const STREAM_BYTES: u64 = CONNECTION_BYTES + (400 << 10);

@@ -62,6 +62,13 @@ pub(crate) fn head_is_there() {
     let _ = HEAD_IS_THERE.try_with(|there| there.store(true, Ordering::Relaxed));
 }
 
+/// Whether this task's connection is one that waits for the rest of a head.
+pub(crate) fn awaits_head() -> bool {
+    HEAD_IS_THERE
+        .try_with(|there| !there.load(Ordering::Relaxed))
+        .unwrap_or(false)
+}
+
 /// What is known already of the object that this task's request asks for.
 pub(crate) fn known_of(key: ObjectKey) -> Option<Known> {
     let known = KNOWN.try_with(Cell::take).ok().flatten()?;
@@ -179,6 +186,7 @@ impl Clients {
                 }
                 stream.give(bytes);
             }
+            stream.begin_head();
             let mut session = ServerSession::new_http1(stream);
             if let Some(settings) = settings.take() {
                 settings.apply_to_session(&mut session);

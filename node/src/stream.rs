@@ -4,8 +4,10 @@
 //! A cache hands on the Date that the origin gave (RFC 9110 section 6.6.1), but
 //! Pingora 0.9.1 writes the present time over it as it puts the head on the
 //! wire, and has no switch against that. A date has one length whatever it says
-//! (29 bytes), so it is put back in the bytes of the head as they leave. Not
-//! here: HTTP/2, whose heads are compressed; there Date is the present time,
+//! (29 bytes), so it is put back in the bytes of the head as they leave.
+//!
+//! Pingora reads a head of up to 1 MiB; more than [`HEAD_BYTES_MAX`] it does not get
+//! here, and the client gets 431 (RFC 6585 section 5). Not here: HTTP/2, whose heads are compressed; there Date is the present time,
 //! and Age, which is right in both, tells the rest.
 
 use std::cell::Cell;
@@ -24,6 +26,8 @@ use pingora_core::protocols::{
     Stream, TimingDigest, UniqueID, UniqueIDType,
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::connection::awaits_head;
 
 /// Length of an IMF-fixdate (RFC 9110 section 5.6.7).
 pub(crate) const DATE_BYTES: usize = 29;
@@ -50,6 +54,14 @@ pub(crate) async fn with_dates<T>(answering: impl Future<Output = T>) -> T {
 
 /// Bytes that one read takes at most.
 const READ_BYTES: usize = 8 * 1024;
+/// Bytes of a request's head at most: a connection's share has room for no more
+/// (`budget`).
+const HEAD_BYTES_MAX: usize = 64 * 1024;
+/// What is answered to a longer one.
+const TOO_LONG: &[u8] = b"HTTP/1.1 431 Request Header Fields Too Large\r\n\
+    Content-Length: 0\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n";
+/// Reads of what came behind it, thrown away: 1 MiB.
+const THROWN_AWAY: usize = 128;
 /// Room that a connection keeps while it waits.
 const IDLE_BYTES: usize = 1024;
 
@@ -66,6 +78,8 @@ pub(crate) struct ClientStream {
     given: usize,
     /// Pingora has read further than that.
     is_beyond: bool,
+    /// Bytes that Pingora has read of the request whose head it waits for.
+    head_bytes: usize,
 }
 
 impl ClientStream {
@@ -76,6 +90,7 @@ impl ClientStream {
             ahead: BytesMut::new(),
             given: 0,
             is_beyond: false,
+            head_bytes: 0,
         }
     }
 
@@ -111,6 +126,28 @@ impl ClientStream {
     /// The next `bytes` bytes are a request for Pingora; 0: nobody knows how many.
     pub(crate) fn give(&mut self, bytes: usize) {
         self.given = bytes;
+    }
+
+    /// From here on Pingora reads another head.
+    pub(crate) fn begin_head(&mut self) {
+        self.head_bytes = 0;
+    }
+
+    /// Answers a head that is too long, as far as the socket takes it at once.
+    fn refuse_head(&mut self, cx: &mut Context<'_>) -> io::Error {
+        let mut stream = Pin::new(&mut self.stream);
+        let _ = stream.as_mut().poll_write(cx, TOO_LONG);
+        let _ = stream.as_mut().poll_flush(cx);
+        // A socket that is closed with bytes unread may take its answer along.
+        for _ in 0..THROWN_AWAY {
+            let mut bytes = [MaybeUninit::uninit(); READ_BYTES];
+            let mut bytes = ReadBuf::uninit(&mut bytes);
+            let read = stream.as_mut().poll_read(cx, &mut bytes);
+            if !matches!(read, Poll::Ready(Ok(()))) || bytes.filled().is_empty() {
+                break;
+            }
+        }
+        io::Error::other("the head is too long")
     }
 
     /// Whether Pingora has read more than it was given: what came after it is
@@ -214,10 +251,15 @@ impl AsyncRead for ClientStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if this.head_bytes >= HEAD_BYTES_MAX && awaits_head() {
+            return Poll::Ready(Err(this.refuse_head(cx)));
+        }
         if this.ahead.is_empty() {
             let before = buffer.filled().len();
             ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
-            this.is_beyond |= buffer.filled().len() > before;
+            let bytes = buffer.filled().len() - before;
+            this.is_beyond |= bytes > 0;
+            this.head_bytes = this.head_bytes.saturating_add(bytes);
             return Poll::Ready(Ok(()));
         }
         this.is_beyond |= this.given == 0;
@@ -227,6 +269,7 @@ impl AsyncRead for ClientStream {
         };
         let bytes = most.min(buffer.remaining());
         buffer.put_slice(&this.ahead[..bytes]);
+        this.head_bytes = this.head_bytes.saturating_add(bytes);
         this.used(bytes);
         this.given = this.given.saturating_sub(bytes);
         Poll::Ready(Ok(()))

@@ -145,6 +145,36 @@ async fn answers_keep_their_order_behind_an_odd_head() {
     }
 }
 
+/// Promise P4: a head takes no more than a connection's share has for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_has_a_bound() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let small = cluster.origin.publish("/small", 20 * KIB);
+    node.read(&small).await;
+    let head = |bytes: usize| {
+        let begin = "GET /small HTTP/1.1\r\nHost: films.test\r\nConnection: close\r\nX: ";
+        format!("{begin}{}\r\n\r\n", "y".repeat(bytes - begin.len() - 4))
+    };
+    // The same behind a request after which Pingora reads for itself.
+    let odd = "GET /small?a b HTTP/1.1\r\nHost: films.test\r\n\r\n";
+    for before in ["", odd] {
+        for (bytes, wanted) in [(63 << 10, 200), (80 << 10, 431), (900 << 10, 431)] {
+            let asked = Instant::now();
+            let all = [before, &head(bytes)].concat();
+            let mut answers = Bytes::from(raw(node.address(), all.as_bytes()).await.unwrap());
+            if !before.is_empty() {
+                take_answer(&mut answers, true);
+            }
+            let (status, head, body) = take_answer(&mut answers, true);
+            assert_eq!(status, wanted, "{bytes} after {before:?}");
+            assert_eq!(head["connection"], "close");
+            assert!(status != 200 || body == small.content().all());
+            assert!(asked.elapsed() < Duration::from_secs(10), "{bytes}");
+        }
+    }
+}
+
 /// What the two ways of a hit say of it is the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn both_ways_of_a_hit_tell_the_same() {
