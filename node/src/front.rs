@@ -42,6 +42,7 @@ use crate::paced::Paced;
 use crate::pieces::{Piece, Pieces};
 use crate::plan::{self, Plan};
 use crate::purge::{Naming, Purger};
+use crate::reset;
 use crate::stream;
 
 /// Our name in `Via` and `Cache-Status`.
@@ -484,6 +485,7 @@ impl Front {
             && version == http::Version::HTTP_10
         {
             session.set_keepalive(None);
+            reset::would_look_complete(!end);
         }
         self.metrics
             .time_to_first_byte_seconds
@@ -1128,7 +1130,7 @@ impl ProxyHttp for Front {
 
     async fn response_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         upstream: &mut ResponseHeader,
         ctx: &mut Context,
     ) -> Result<()> {
@@ -1147,6 +1149,11 @@ impl ProxyHttp for Front {
         );
         self.describe(upstream, &status, "PASS")?;
         keep_date(upstream);
+        if session.req_header().version == http::Version::HTTP_10
+            && !upstream.headers.contains_key(header::CONTENT_LENGTH)
+        {
+            reset::would_look_complete(true);
+        }
         if let Some(url) = ctx.may_change.take()
             && (upstream.status.is_success() || upstream.status.is_redirection())
         {
@@ -1208,7 +1215,10 @@ impl ProxyHttp for Front {
         matches!(error.esource(), pingora_core::ErrorSource::Downstream)
     }
 
-    async fn logging(&self, session: &mut Session, _error: Option<&Error>, ctx: &mut Context) {
+    async fn logging(&self, session: &mut Session, error: Option<&Error>, ctx: &mut Context) {
+        if error.is_none() {
+            reset::would_look_complete(false);
+        }
         if session.req_header().method.as_str() == "PURGE" {
             return;
         }

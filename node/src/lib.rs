@@ -32,6 +32,7 @@ mod pieces;
 pub mod plan;
 pub mod process;
 pub mod purge;
+mod reset;
 pub mod slice;
 pub mod stitch;
 mod stream;

@@ -28,6 +28,7 @@ use pingora_core::protocols::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::connection::awaits_head;
+use crate::reset;
 
 /// Length of an IMF-fixdate (RFC 9110 section 5.6.7).
 pub(crate) const DATE_BYTES: usize = 29;
@@ -47,9 +48,10 @@ pub(crate) fn next_head_is_of(date: Option<&[u8]>) {
     let _ = NEXT_DATE.try_with(|next| next.set(date));
 }
 
-/// Runs what answers on one connection, whose heads may have dates of their own.
+/// Runs what answers on one connection, whose heads may have dates of their own,
+/// and whose bodies may end with it.
 pub(crate) async fn with_dates<T>(answering: impl Future<Output = T>) -> T {
-    NEXT_DATE.scope(Cell::new(None), answering).await
+    reset::within(NEXT_DATE.scope(Cell::new(None), answering)).await
 }
 
 /// Bytes that one read takes at most.
@@ -187,6 +189,14 @@ fn with_date(bytes: &[u8], date: &[u8; DATE_BYTES]) -> Option<Bytes> {
         return Some(copy.into());
     }
     None
+}
+
+impl Drop for ClientStream {
+    fn drop(&mut self) {
+        if reset::is_wanted() {
+            reset::at_close(self.stream.id());
+        }
+    }
 }
 
 impl AsyncWrite for ClientStream {

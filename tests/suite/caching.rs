@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use pingora_slice_tests::http::{Kept, raw};
 use pingora_slice_tests::talk::{self, TalkOrigin};
-use pingora_slice_tests::{Ask, Fault, Options, TestCluster};
+use pingora_slice_tests::{Ask, Fault, Options, TestCluster, Validators};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 const TEXTS: &[(&str, &str)] = &[
     ("storing", include_str!("caching/storing.txt")),
@@ -180,5 +182,36 @@ async fn a_client_of_http_1_0_gets_no_chunks() {
         let head = String::from_utf8_lossy(&answer[..end]).to_ascii_lowercase();
         assert!(!head.contains("transfer-encoding"), "{round}: {head}");
         assert_eq!(answer[end + 4..], film.content().all(), "{round}");
+    }
+}
+
+/// Promise P5: to such a client the connection's end is the body's, so a body that
+/// broke off ends with a reset, whether it was to be kept, relayed or passed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_of_http_1_0_sees_that_a_body_broke_off() {
+    let cluster = Options::alone().set("max_retries", 0).start().await;
+    for (path, rules, demands) in [
+        ("/kept", "max-age=60", ""),
+        ("/relayed", "no-store", ""),
+        ("/passed", "max-age=60", "Cache-Control: no-store\r\n"),
+    ] {
+        let film = cluster.origin.publish(path, 200_000);
+        film.validators(Validators::Nothing)
+            .header("Cache-Control", rules);
+        let request = format!("GET {path} HTTP/1.0\r\nHost: films.test\r\n{demands}\r\n");
+        let ask = async || {
+            let mut tcp = TcpStream::connect(cluster.node(1).address()).await?;
+            tcp.write_all(request.as_bytes()).await?;
+            let mut answer = Vec::new();
+            tcp.read_to_end(&mut answer).await.map(|_| answer)
+        };
+        film.once(Fault::NoLengthCloseAfter(150_000));
+        let cut = ask().await.map(|answer| answer.len());
+        let error = cut.expect_err(path).kind();
+        assert_eq!(error, std::io::ErrorKind::ConnectionReset, "{path}");
+        film.always(Fault::NoLength);
+        let answer = ask().await.expect(path);
+        assert!(answer.ends_with(&film.content().all()), "{path}");
+        assert!(!answer.starts_with(b"HTTP/1.1 5"), "{path}");
     }
 }
