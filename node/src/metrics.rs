@@ -113,7 +113,7 @@ metrics! {
     cache_misses_total: IntCounter;
     /// Percent, 0 to 100: hits of hits and misses since start. Worry below 50 for ten minutes.
     cache_hit_rate: Gauge;
-    /// Failures of what is stored that requests went on without: damage in memory and on disk (l1_damaged_total, parts_damaged_total, l2_damaged_total), and reads of the disk given up after 5 s. Worry when it grows at all.
+    /// Failures of what is stored that requests went on without: damage in memory and on disk (l1_damaged_total, parts_damaged_total, l2_damaged_total), and reads of the disk that failed for now or were given up after 5 s. Worry when it grows at all.
     cache_errors_total: IntCounter;
     /// Slices delivered, by source. Worry when origin grows while l1, l2 and peer do not.
     slices_total: IntCounterVec {source = ["l1" "l2" "flight" "peer" "origin"]};
@@ -346,7 +346,11 @@ impl Metrics {
         }
         catch_up(
             &self.cache_errors_total,
-            self.l1_damaged_total.get() + self.parts_damaged_total.get() + l2.damaged + l2.hung,
+            self.l1_damaged_total.get()
+                + self.parts_damaged_total.get()
+                + l2.damaged
+                + l2.unreadable
+                + l2.hung,
         );
         self.ring_epoch.set(gauges.ring_epoch as f64);
         self.purge_index.set(gauges.purge_index.0 as f64);

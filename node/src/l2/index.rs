@@ -25,6 +25,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, UserValue};
 use pingora_slice_cluster::SliceId;
+use rustix::io::Errno;
 use tracing::{info, warn};
 
 use super::region::{Regions, disk_bytes};
@@ -657,14 +658,21 @@ fn is_behind(epoch: &Epoch) -> bool {
 fn is_passing(error: &fjall::Error) -> bool {
     match error {
         fjall::Error::Locked => true,
-        fjall::Error::Io(error) | fjall::Error::Storage(fjall::LsmError::Io(error)) => matches!(
-            error.kind(),
-            ErrorKind::StorageFull
-                | ErrorKind::QuotaExceeded
-                | ErrorKind::ReadOnlyFilesystem
-                | ErrorKind::PermissionDenied
-                | ErrorKind::OutOfMemory
-        ),
+        fjall::Error::Io(error) | fjall::Error::Storage(fjall::LsmError::Io(error)) => {
+            matches!(
+                error.kind(),
+                ErrorKind::StorageFull
+                    | ErrorKind::QuotaExceeded
+                    | ErrorKind::ReadOnlyFilesystem
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::OutOfMemory
+                    | ErrorKind::WouldBlock
+                    | ErrorKind::StaleNetworkFileHandle
+            ) || matches!(
+                Errno::from_io_error(error),
+                Some(Errno::MFILE | Errno::NFILE | Errno::IO)
+            )
+        }
         _ => false,
     }
 }

@@ -193,6 +193,8 @@ pub struct L2Stats {
     pub damaged: u64,
     /// Reads that were given up because the disk hung.
     pub hung: u64,
+    /// Reads that failed for a reason that passes: misses, the entries stay.
+    pub unreadable: u64,
     /// Whether writing works at present.
     pub writable: bool,
 }

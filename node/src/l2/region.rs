@@ -78,6 +78,20 @@ pub enum ReadError {
     Evicted,
     /// The bytes are not what was written, or not there: drop the row.
     Damaged,
+    /// They may well be there, but cannot be read now: a miss, and the row stays.
+    Unreadable,
+}
+
+impl From<io::Error> for ReadError {
+    fn from(error: io::Error) -> ReadError {
+        let is_of_the_disk = Errno::from_io_error(&error) == Some(Errno::IO);
+        match error.kind() {
+            ErrorKind::NotFound | ErrorKind::UnexpectedEof => ReadError::Damaged,
+            _ if is_of_the_disk => ReadError::Damaged,
+            // Too many files, too little memory, a server that is away.
+            _ => ReadError::Unreadable,
+        }
+    }
 }
 
 /// All regions: their files, generations and hits.
@@ -194,35 +208,33 @@ impl Regions {
         start: u32,
         end: u32,
     ) -> Result<Bytes, ReadError> {
-        let found = File::open(self.path(place.region)).ok().and_then(|file| {
-            let read = |len, at| Some(read_exact(&file, len, at)?.into());
+        let read = || {
+            let file = File::open(self.path(place.region))?;
+            let read = |len, at| Ok(read_exact(&file, len, at)?.into());
             steps(place, sums, start, end, read)
-        });
-        self.found(place, found)
+        };
+        self.found(place, read())
     }
 
     /// All bytes of the entry, if they match `sums`.
     pub fn read_whole(&self, place: &Place, sums: &[u32]) -> Result<Slice, ReadError> {
-        let found = File::open(self.path(place.region)).ok().and_then(|file| {
-            let bytes = read_exact(&file, place.len as usize, place.bytes_offset())?;
-            Slice::verified(bytes.into(), sums)
-        });
-        self.found(place, found)
+        let read = || read_entry(&File::open(self.path(place.region))?, place, sums);
+        self.found(place, read())
     }
 
-    fn found<T>(&self, place: &Place, found: Option<T>) -> Result<T, ReadError> {
-        if !self.is_live(place) && found.is_none() {
-            return Err(ReadError::Evicted);
+    fn found<T>(&self, place: &Place, found: Result<T, ReadError>) -> Result<T, ReadError> {
+        match found {
+            Err(_) if !self.is_live(place) => Err(ReadError::Evicted),
+            found => found,
         }
-        found.ok_or(ReadError::Damaged)
     }
 
     /// As [`Regions::read`], but only what the kernel has in its page cache:
     /// never waits for the disk.
     pub fn read_now(&self, place: &Place, sums: &[u32], start: u32, end: u32) -> Option<Bytes> {
         self.now(place, |file| {
-            let read = |len, at| self.read_cached(file, len, at);
-            steps(place, sums, start, end, read)
+            let read = |len, at| self.read_cached(file, len, at).ok_or(ReadError::Unreadable);
+            steps(place, sums, start, end, read).ok()
         })
     }
 
@@ -560,6 +572,12 @@ fn write_all(file: &File, header: &[u8], parts: &[Bytes], mut at: u64) -> io::Re
     Ok(())
 }
 
+/// All bytes of an entry in its region's file, if they match `sums`.
+pub fn read_entry(file: &File, place: &Place, sums: &[u32]) -> Result<Slice, ReadError> {
+    let bytes = read_exact(file, place.len as usize, place.bytes_offset())?;
+    Slice::verified(bytes.into(), sums).ok_or(ReadError::Damaged)
+}
+
 /// Bytes `start..end` of an entry, as `read` gives them (length, offset in the
 /// region), from whole steps that match `sums`.
 fn steps(
@@ -567,10 +585,10 @@ fn steps(
     sums: &[u32],
     start: u32,
     end: u32,
-    read: impl FnOnce(usize, u64) -> Option<Bytes>,
-) -> Option<Bytes> {
+    read: impl FnOnce(usize, u64) -> Result<Bytes, ReadError>,
+) -> Result<Bytes, ReadError> {
     if start >= end {
-        return Some(Bytes::new());
+        return Ok(Bytes::new());
     }
     let (start, end) = (start as usize, end as usize);
     let from = start / DISK_STEP_BYTES * DISK_STEP_BYTES;
@@ -578,23 +596,26 @@ fn steps(
         .next_multiple_of(DISK_STEP_BYTES)
         .min(place.len as usize);
     let bytes = read(to - from, place.bytes_offset() + from as u64)?;
-    are_intact(&bytes, from, sums, DISK_STEP_BYTES).then(|| bytes.slice(start - from..end - from))
+    match are_intact(&bytes, from, sums, DISK_STEP_BYTES) {
+        true => Ok(bytes.slice(start - from..end - from)),
+        false => Err(ReadError::Damaged),
+    }
 }
 
 /// Exactly `len` bytes at `at`, into memory that need not be zeroed first.
-fn read_exact(file: &File, len: usize, at: u64) -> Option<Vec<u8>> {
+fn read_exact(file: &File, len: usize, at: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(len);
     while bytes.len() < len {
         let offset = at + bytes.len() as u64;
         match rustix::io::pread(file, rustix::buffer::spare_capacity(&mut bytes), offset) {
-            Ok(0) => return None,
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(_) => {}
             Err(Errno::INTR) => {}
-            Err(_) => return None,
+            Err(error) => return Err(error.into()),
         }
     }
     bytes.truncate(len);
-    Some(bytes)
+    Ok(bytes)
 }
 
 fn read_some(file: &File, buffer: &mut [u8], at: u64) -> usize {

@@ -116,6 +116,7 @@ pub(super) struct Shared {
     pub(super) rewritten: AtomicU64,
     pub(super) dropped: AtomicU64,
     pub(super) damaged: AtomicU64,
+    pub(super) unreadable: AtomicU64,
 }
 
 /// What is on its way to the writer: at most what fits its queue.
@@ -197,6 +198,7 @@ impl Store {
             rewritten: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             damaged: AtomicU64::new(0),
+            unreadable: AtomicU64::new(0),
         });
         let (jobs, queue) = sync_channel(QUEUE_JOBS_MAX);
         let writer = Writer::new(shared.clone(), index, is_index_broken);
@@ -380,6 +382,7 @@ impl Store {
             dropped: shared.dropped.load(Ordering::Relaxed),
             damaged: shared.damaged.load(Ordering::Relaxed),
             hung: self.reads.given_up(),
+            unreadable: shared.unreadable.load(Ordering::Relaxed),
             writable: shared.is_writable.load(Ordering::Relaxed),
         }
     }
@@ -418,7 +421,8 @@ impl Store {
         Some(found.row)
     }
 
-    /// What was read of an entry; one that is damaged is forgotten.
+    /// What was read of an entry; one that is damaged is forgotten, and one that
+    /// cannot be read now is not.
     fn checked<T>(&self, id: SliceId, place: &Place, read: Result<T, ReadError>) -> Option<T> {
         match read {
             Ok(read) => {
@@ -426,6 +430,10 @@ impl Store {
                 Some(read)
             }
             Err(ReadError::Evicted) => None,
+            Err(ReadError::Unreadable) => {
+                self.shared.unreadable.fetch_add(1, Ordering::Relaxed);
+                None
+            }
             Err(ReadError::Damaged) => {
                 self.shared.damaged.fetch_add(1, Ordering::Relaxed);
                 self.places().remove(id);

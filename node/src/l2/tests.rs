@@ -447,6 +447,54 @@ async fn a_damaged_index_is_set_aside() {
     }
 }
 
+/// Not a test by itself: `a_read_that_fails_for_now_costs_nothing_else` runs it with
+/// few files allowed.
+#[tokio::test]
+#[ignore = "takes all the files that its process may open"]
+async fn child_runs_out_of_files() {
+    let Some(dir) = std::env::var_os(CHILD_DIR) else {
+        return;
+    };
+    let (dir, len) = (Path::new(&dir), 1 << 20);
+    let l2 = open(dir, 48 * MIB);
+    keep(&l2, 1, len).await;
+    let mut files = Vec::new();
+    while let Ok(file) = File::open("/dev/null") {
+        files.push(file);
+    }
+    assert!(!has(&l2, 1, len).await);
+    assert!(l2.slice_range(id(1), 5, 9).await.is_none());
+    drop(files);
+    l2.settled().await;
+    assert!(has(&l2, 1, len).await, "forgotten");
+    let stats = l2.stats();
+    assert_eq!((stats.unreadable, stats.damaged), (2, 0));
+    l2.stop().await;
+    println!("done");
+}
+
+#[test]
+fn a_read_that_fails_for_now_costs_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let child = Command::new("sh")
+        .args(["-c", "ulimit -n 200 && exec \"$0\" \"$@\""])
+        .arg(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "l2::tests::child_runs_out_of_files",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(CHILD_DIR, dir.path())
+        .output()
+        .unwrap();
+    let output = String::from_utf8_lossy(&child.stdout);
+    assert!(
+        child.status.success() && output.contains("done"),
+        "{child:?}"
+    );
+}
+
 /// Overwrites every file below `dir`.
 fn spoil(dir: &Path, garbage: &[u8]) {
     for entry in std::fs::read_dir(dir).unwrap() {

@@ -25,7 +25,7 @@ use super::index::{IndexWriter, WriteError};
 use super::region::{self, Head, Place};
 use super::row::{INLINE_BYTES_MAX, SliceRow};
 use super::store::{PROBE_FILE, REGIONS_MIN, Shared};
-use crate::slice::{Slice, SliceParts};
+use crate::slice::SliceParts;
 
 /// First and longest pause between attempts to write again.
 const RETRY_MIN: Duration = Duration::from_secs(1);
@@ -350,10 +350,7 @@ impl Writer {
             if u64::from(at) + region::entry_bytes(place.len) > u64::from(kept_max) {
                 continue;
             }
-            let Ok(bytes) = regions.read(&place, &sums, 0, place.len) else {
-                continue;
-            };
-            let Some(slice) = Slice::verified(bytes, &sums) else {
+            let Ok(slice) = region::read_entry(file, &place, &sums) else {
                 continue;
             };
             self.append(id, &slice.into())?;
