@@ -385,9 +385,15 @@ impl Engine {
             metrics,
             runtime,
         };
-        Engine {
-            inner: Arc::new(inner),
+        let inner = Arc::new(inner);
+        if let Some(l2) = &inner.l2 {
+            // Weak: the engine has the disk store, not the other way round.
+            let engine = Arc::downgrade(&inner);
+            l2.keep_what_is_in_memory(move |id| {
+                engine.upgrade().is_some_and(|inner| inner.l1.has_slice(id))
+            });
         }
+        Engine { inner }
     }
 
     /// Decides how to answer a GET or HEAD. `gone` names a generation that

@@ -105,6 +105,11 @@ impl L1 {
         }
     }
 
+    /// Whether a slice is here; that is no use of it.
+    pub fn has_slice(&self, id: &SliceId) -> bool {
+        self.store.contains_key(&Key::Slice(*id))
+    }
+
     /// Whether a slice that can be had from disk or from a peer, and was asked
     /// for just now, is worth a place. One download of an object that would take
     /// a good part of memory pushes nothing out, and does not pay for memory:

@@ -40,6 +40,32 @@ async fn the_disk_store_survives_any_end() {
     assert!(cluster.node(1).metric("slices_total{source=\"l2\"}").await > 0.0);
 }
 
+/// What is asked for most is answered from memory alone. It stays on disk all the
+/// same, so that a restart does not cost the origin just that.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_hottest_is_still_there_after_a_restart() {
+    const DISK: u64 = 128 * MIB;
+    let mut cluster = Options::alone()
+        .set("l1_cache_size_bytes", 16 * MIB)
+        .set("l2_cache_size_bytes", DISK)
+        .start()
+        .await;
+    let hot = cluster.origin.publish("/hot", 2 * MIB);
+    let node = cluster.node(1);
+    node.read(&hot).await;
+    for n in 0..3 * DISK / (4 * MIB) {
+        let other = cluster.origin.publish(&format!("/other{n}"), 4 * MIB);
+        node.read(&other).await;
+        node.read(&hot).await;
+    }
+    let slices = hot.slices();
+    assert_eq!(hot.fetches(), slices, "{:#?}", hot.seen());
+    cluster.node_mut(1).terminate().await;
+    cluster.node_mut(1).restart().await;
+    cluster.node(1).read(&hot).await;
+    assert_eq!(hot.fetches(), slices, "{:#?}", hot.seen());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_that_is_restarted_as_one_remembers_everything() {
     let mut cluster = TestCluster::start(3).await;

@@ -31,7 +31,7 @@ mod tests;
 mod writer;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -67,6 +67,20 @@ pub struct L2Read {
 #[derive(Clone)]
 pub struct L2 {
     store: Arc<ArcSwapOption<Store>>,
+    in_memory: InMemory,
+}
+
+/// Which slices the memory store has, once somebody has said how to know: they are
+/// read there and not here, but are not asked for any less.
+#[derive(Clone, Default)]
+struct InMemory(Arc<OnceLock<HasSlice>>);
+
+type HasSlice = Box<dyn Fn(&SliceId) -> bool + Send + Sync>;
+
+impl InMemory {
+    fn has(&self, id: &SliceId) -> bool {
+        self.0.get().is_some_and(|has| has(id))
+    }
 }
 
 impl L2 {
@@ -78,19 +92,20 @@ impl L2 {
     /// [`L2Error::Locked`]: another process has it.
     pub fn open(config: L2Config) -> Result<L2, L2Error> {
         let store = Arc::new(ArcSwapOption::empty());
-        match Store::open(config.clone()) {
+        let in_memory = InMemory::default();
+        match Store::open(config.clone(), in_memory.clone()) {
             Ok(opened) => store.store(Some(Arc::new(opened))),
             Err(error @ L2Error::Locked(_)) => return Err(error),
             Err(error) => {
                 tracing::error!(%error, "no disk store; it is tried again");
-                let waiting = Arc::downgrade(&store);
+                let (waiting, in_memory) = (Arc::downgrade(&store), in_memory.clone());
                 std::thread::Builder::new()
                     .name("l2-opener".into())
                     .spawn(move || {
                         loop {
                             std::thread::sleep(TRY_AGAIN);
                             let Some(place) = waiting.upgrade() else { return };
-                            if let Ok(opened) = Store::open(config.clone()) {
+                            if let Ok(opened) = Store::open(config.clone(), in_memory.clone()) {
                                 tracing::info!(dir = %config.dir.display(), "the disk store is open");
                                 place.store(Some(Arc::new(opened)));
                                 return;
@@ -103,7 +118,13 @@ impl L2 {
                     })?;
             }
         }
-        Ok(L2 { store })
+        Ok(L2 { store, in_memory })
+    }
+
+    /// Says, once, how to know which slices the memory store has: they stay here
+    /// as those do that are read here.
+    pub fn keep_what_is_in_memory(&self, has: impl Fn(&SliceId) -> bool + Send + Sync + 'static) {
+        let _ = self.in_memory.0.set(Box::new(has));
     }
 
     /// The whole slice, verified.

@@ -21,7 +21,7 @@ use super::reads::Reads;
 use super::region::{Place, REGION_BYTES_MAX, ReadError, Regions, entry_bytes};
 use super::row::{INLINE_BYTES_MAX, SliceRow};
 use super::writer::{Job, Writer};
-use super::{L2Config, L2Error, L2Read, L2Stats};
+use super::{InMemory, L2Config, L2Error, L2Read, L2Stats};
 use crate::slice::{Slice, SliceParts};
 
 /// The smallest bound that leaves room for an index and a few regions.
@@ -104,6 +104,7 @@ pub(super) struct Shared {
     pub(super) lock: Mutex<Option<File>>,
     pub(super) regions: Regions,
     pub(super) index: Arc<Index>,
+    pub(super) in_memory: InMemory,
     pub(super) generation_last: AtomicU64,
     pub(super) pending: Mutex<Pending>,
     pub(super) queued_bytes: AtomicU64,
@@ -134,7 +135,7 @@ impl Store {
     /// # Errors
     /// The directory cannot be used at all, or belongs to another process, or
     /// the bound is below [`L2_BYTES_MIN`].
-    pub(super) fn open(config: L2Config) -> Result<Store, L2Error> {
+    pub(super) fn open(config: L2Config, in_memory: InMemory) -> Result<Store, L2Error> {
         let dir = config.dir;
         if config.bytes_max < L2_BYTES_MIN {
             let reason = format!(
@@ -188,6 +189,7 @@ impl Store {
             lock: Mutex::new(Some(lock)),
             regions,
             index: index.index().clone(),
+            in_memory,
             generation_last: AtomicU64::new(last),
             pending: Mutex::default(),
             queued_bytes: AtomicU64::new(0),

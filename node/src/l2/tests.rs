@@ -23,11 +23,8 @@ const MIB: u64 = 1 << 20;
 const CHILD_DIR: &str = "L2_TEST_CHILD_DIR";
 
 fn open(dir: &Path, bytes_max: u64) -> Store {
-    Store::open(L2Config {
-        dir: dir.to_owned(),
-        bytes_max,
-    })
-    .unwrap()
+    let dir = dir.to_owned();
+    Store::open(L2Config { dir, bytes_max }, InMemory::default()).unwrap()
 }
 
 fn id(n: u32) -> SliceId {
@@ -511,10 +508,11 @@ fn spoil(dir: &Path, garbage: &[u8]) {
 async fn a_directory_has_one_process() {
     let dir = tempfile::tempdir().unwrap();
     let l2 = open(dir.path(), 32 * MIB);
-    let second = Store::open(L2Config {
+    let config = L2Config {
         dir: dir.path().to_owned(),
         bytes_max: 32 * MIB,
-    });
+    };
+    let second = Store::open(config, InMemory::default());
     assert!(matches!(second, Err(L2Error::Locked(_))));
     l2.stop().await;
     open(dir.path(), 32 * MIB).stop().await;
@@ -571,8 +569,12 @@ async fn a_full_queue_drops_and_counts() {
 
 #[test]
 fn every_bound_is_divided_without_excess() {
+    let config = L2Config {
+        dir: "/nonexistent".into(),
+        bytes_max: L2_BYTES_MIN - 1,
+    };
     assert!(matches!(
-        Store::open(L2Config { dir: "/nonexistent".into(), bytes_max: L2_BYTES_MIN - 1 }),
+        Store::open(config, InMemory::default()),
         Err(L2Error::Disk { reason, .. }) if reason.contains("l2_cache_size_bytes")
     ));
     for bytes_max in [

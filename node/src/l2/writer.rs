@@ -3,8 +3,9 @@
 //! It appends slices to the current region and then commits their rows, so a
 //! row never names bytes that were not written. When a region is full it goes
 //! to the next: one never used, else the oldest. That one is started over, and
-//! those of its entries that were hit slide to its front, up to half of it;
-//! the rest are gone. Progress is certain, and what is asked for stays.
+//! those of its entries that were hit, or are in memory, slide to its front, up
+//! to half of it; the rest are gone. Progress is certain, and what is asked for
+//! stays.
 //!
 //! When the disk or the database fails, jobs are dropped and counted, and it
 //! tries again with growing pauses until writing works; readers never wait.
@@ -336,14 +337,16 @@ impl Writer {
         regions.file(region)
     }
 
-    /// Writes entries of the region's last generation again that were hit. Each
+    /// Writes entries of the region's last generation again that were hit, here or
+    /// in memory: what is asked for most is read there alone. Each
     /// is read before its place is written over, as entries only move forward.
     fn keep_hit(&mut self, file: &File, region: u32, before: u64) -> Result<(), Trouble> {
         let shared = self.shared.clone();
         let regions = &shared.regions;
         let kept_max = regions.region_bytes() / KEPT_DIVISOR;
         for (id, place, sums) in regions.entries(file, region, before) {
-            if !regions.was_hit(&place) || !self.points_to(id, &place) {
+            let is_wanted = regions.was_hit(&place) || shared.in_memory.has(&id);
+            if !is_wanted || !self.points_to(id, &place) {
                 continue;
             }
             let at = self.head.as_ref().map_or(0, |head| head.at);
