@@ -115,7 +115,8 @@ struct Region {
 
 impl Regions {
     /// `count` regions of `region_bytes` in `dir`, with the generations that
-    /// the index remembers. Files beyond `count`, or of larger regions, are removed.
+    /// the index remembers. Files of others, or of larger regions, are removed: they
+    /// hold nothing that could be found.
     pub fn open(
         dir: PathBuf,
         region_bytes: u32,
@@ -142,8 +143,10 @@ impl Regions {
                 .file_name()
                 .to_str()
                 .and_then(|name| name.parse::<u32>().ok());
-            let is_ours = number.is_some_and(|number| number < count);
-            if is_ours && file.metadata()?.len() <= u64::from(region_bytes) {
+            let region = number.and_then(|number| table.get(number as usize));
+            let is_known =
+                region.is_some_and(|region| region.generation.load(Ordering::Relaxed) > 0);
+            if is_known && file.metadata()?.len() <= u64::from(region_bytes) {
                 bytes += disk_bytes(&file.path());
             } else {
                 std::fs::remove_file(file.path())?;
@@ -358,6 +361,11 @@ impl Regions {
                 .fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
         }
         allocated.map(|()| file)
+    }
+
+    /// Bytes that a region's file takes on disk already.
+    pub fn held_bytes(&self, region: u32) -> u64 {
+        disk_bytes(&self.path(region))
     }
 
     /// Removes the region whose generation is lowest, if more than `count_min` are in use.

@@ -651,9 +651,26 @@ async fn child_fills_its_disk() {
     until_writable(&l2).await;
     keep(&l2, 3000, len).await;
     assert!(has(&l2, 3000, len).await && has(&l2, 199, len).await);
+    // It is as large as it wants to be again, for now.
+    let held = region_files(&dir.join("store")).len();
+    let mut n = 3000;
+    while region_files(&dir.join("store")).len() == held {
+        n += 1;
+        assert!(n < 3100, "no region was begun");
+        keep(&l2, n, len).await;
+    }
+    assert!(l2.shared.is_keeping.load(Ordering::Relaxed));
     l2.stop().await;
     let l2 = open(&dir.join("store"), 512 * MIB);
     assert!(has(&l2, 3000, len).await && has(&l2, 199, len).await);
+    l2.stop().await;
+
+    // The index is lost, and the regions' files hold all the space.
+    std::fs::remove_dir_all(dir.join("store/index")).unwrap();
+    let l2 = open(&dir.join("store"), 512 * MIB);
+    keep(&l2, 4000, len).await;
+    assert!(has(&l2, 4000, len).await);
+    assert!(l2.shared.is_keeping.load(Ordering::Relaxed));
     l2.stop().await;
     println!("done");
 }

@@ -293,7 +293,10 @@ impl Writer {
         let oldest = regions.oldest(|generation| generation > 0);
         let unused = regions.oldest(|generation| generation == 0);
         let (region, file) = match (unused.map(|region| (region, self.grow(region))), oldest) {
-            (Some((region, Ok(file))), _) => (region, file),
+            (Some((region, Ok(file))), _) => {
+                self.is_short = false;
+                (region, file)
+            }
             (None, Some(oldest)) => (oldest, regions.file(oldest)?),
             (Some((_, Err(error))), Some(oldest)) => {
                 if !std::mem::replace(&mut self.is_short, true) {
@@ -329,9 +332,10 @@ impl Writer {
     fn grow(&self, region: u32) -> io::Result<File> {
         let regions = &self.shared.regions;
         let region_bytes = u64::from(regions.region_bytes());
+        // One that was made in vain has its space.
+        let wanted = region_bytes.saturating_sub(regions.held_bytes(region));
         let disk = rustix::fs::statvfs(&self.shared.dir)?;
-        if disk.f_bavail * disk.f_frsize < region_bytes + region_bytes.min(self.index.free_bytes())
-        {
+        if disk.f_bavail * disk.f_frsize < wanted + region_bytes.min(self.index.free_bytes()) {
             return Err(io::ErrorKind::StorageFull.into());
         }
         regions.file(region)
