@@ -28,7 +28,7 @@ use pingora_slice_cluster::SliceId;
 use rustix::io::Errno;
 use tracing::{info, warn};
 
-use super::region::{Regions, disk_bytes};
+use super::region::{Regions, disk_bytes, number_of};
 use super::row::{FORGOTTEN, MANIFEST, SliceRow, decode_slice, encode_slice, slice_key};
 
 /// fjall's block cache for each epoch: index blocks only; memory belongs to the memory store.
@@ -50,6 +50,9 @@ const ROW_OVERHEAD_BYTES: u64 = 40;
 
 /// Key of the row in `regions` that makes an epoch complete: the size of a region.
 const REGION_BYTES_KEY: [u8; 1] = [0];
+
+/// How the name of a directory ends that is being removed.
+const GONE: &str = "gone";
 
 /// What a row belongs to.
 #[derive(Clone, Copy)]
@@ -443,14 +446,14 @@ impl IndexWriter {
     fn load(&mut self) {
         let mut numbers: Vec<u64> = Vec::new();
         for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            match entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok())
-            {
-                Some(number) => numbers.push(number),
+            let name = PathBuf::from(entry.file_name());
+            let is_set_aside = name.extension().is_some_and(|end| end == GONE);
+            match name.file_stem().and_then(number_of) {
                 // Set aside before, and not removed to the end.
-                None => drop(std::fs::remove_dir_all(entry.path())),
+                Some(_) if is_set_aside => drop(std::fs::remove_dir_all(entry.path())),
+                Some(number) if name.extension().is_none() => numbers.push(number),
+                // Somebody else's.
+                _ => {}
             }
         }
         numbers.sort_unstable_by(|a, b| b.cmp(a));
@@ -695,7 +698,7 @@ fn cut_journal(dir: &Path) -> std::io::Result<()> {
 
 /// Removes a directory so that it is never found half removed.
 fn remove_dir(path: &Path) {
-    let gone = path.with_extension("gone");
+    let gone = path.with_extension(GONE);
     let removed = std::fs::rename(path, &gone).and_then(|()| std::fs::remove_dir_all(&gone));
     if let Err(error) = removed
         && error.kind() != ErrorKind::NotFound

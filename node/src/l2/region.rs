@@ -17,6 +17,7 @@
 //! Not here: which region to write, and what a row looks like (`index`).
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -115,7 +116,7 @@ struct Region {
 
 impl Regions {
     /// `count` regions of `region_bytes` in `dir`, with the generations that
-    /// the index remembers. Files of others, or of larger regions, are removed: they
+    /// the index remembers. Files of other regions, or of larger regions, are removed: they
     /// hold nothing that could be found.
     pub fn open(
         dir: PathBuf,
@@ -139,11 +140,11 @@ impl Regions {
         let mut bytes = 0;
         for file in std::fs::read_dir(&dir)? {
             let file = file?;
-            let number = file
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<u32>().ok());
-            let region = number.and_then(|number| table.get(number as usize));
+            // What else is there is somebody else's.
+            let Some(number) = number_of(&file.file_name()) else {
+                continue;
+            };
+            let region = usize::try_from(number).ok().and_then(|at| table.get(at));
             let is_known =
                 region.is_some_and(|region| region.generation.load(Ordering::Relaxed) > 0);
             if is_known && file.metadata()?.len() <= u64::from(region_bytes) {
@@ -473,6 +474,14 @@ impl Iterator for Entries<'_> {
         self.at = place.end() as u32;
         Some((id, place, sums))
     }
+}
+
+/// The number that a file or directory of the store is named for: eight digits, or
+/// more where it needs them.
+pub fn number_of(name: &OsStr) -> Option<u64> {
+    let name = name.to_str()?;
+    let number: u64 = name.parse().ok()?;
+    (format!("{number:08}") == name).then_some(number)
 }
 
 /// Bytes that a slice of `len` bytes takes in a region.

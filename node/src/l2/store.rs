@@ -40,6 +40,8 @@ const INDEX_SMALL_BYTES_MAX: u64 = 256 << 20;
 pub(super) const SLACK_BYTES: u64 = 256 << 10;
 pub(super) const REGION_SLACK_BYTES: u64 = 8 << 10;
 
+/// Held by the process that has the store.
+const LOCK_FILE: &str = "lock";
 /// Made and removed to see whether the disk takes files.
 pub(super) const PROBE_FILE: &str = "probe";
 
@@ -149,6 +151,16 @@ impl Store {
             reason: error.to_string(),
         };
         std::fs::create_dir_all(&dir).map_err(disk_error)?;
+        if let Some(other) = of_others(&dir) {
+            let reason = format!(
+                "is not of a disk store, and would be emptied: name another l2_cache_dir, or remove it. A disk store that lost its `lock` has it again after `touch {}`",
+                dir.join(LOCK_FILE).display()
+            );
+            return Err(L2Error::Disk {
+                path: other,
+                reason,
+            });
+        }
         let lock = lock(&dir)?;
         let _ = std::fs::remove_file(dir.join(PROBE_FILE));
         std::fs::create_dir_all(dir.join("index")).map_err(disk_error)?;
@@ -557,8 +569,18 @@ impl Layout {
     }
 }
 
+/// What is in the way of a store of ours where there has been none: a store has its
+/// lock before it has anything else.
+fn of_others(dir: &Path) -> Option<PathBuf> {
+    if dir.join(LOCK_FILE).exists() {
+        return None;
+    }
+    let ours = ["index", "regions"].map(|name| dir.join(name));
+    ours.into_iter().find(|path| path.exists())
+}
+
 fn lock(dir: &Path) -> Result<File, L2Error> {
-    let path = dir.join("lock");
+    let path = dir.join(LOCK_FILE);
     let opened = File::options()
         .read(true)
         .write(true)

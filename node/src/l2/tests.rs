@@ -518,6 +518,39 @@ async fn a_directory_has_one_process() {
     open(dir.path(), 32 * MIB).stop().await;
 }
 
+/// Nothing is removed that the store has not made.
+#[tokio::test]
+async fn what_is_of_others_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let theirs = ["index/photos/one", "regions/notes.txt", "regions/7"];
+    let write = || {
+        for path in theirs.map(|path| dir.path().join(path)) {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "dear").unwrap();
+        }
+    };
+    write();
+    let config = L2Config {
+        dir: dir.path().to_owned(),
+        bytes_max: 32 * MIB,
+    };
+    let refused = Store::open(config, InMemory::default());
+    assert!(
+        matches!(refused, Err(L2Error::Disk { reason, .. }) if reason.contains("l2_cache_dir"))
+    );
+    for name in ["index", "regions"] {
+        std::fs::remove_dir_all(dir.path().join(name)).unwrap();
+    }
+    open(dir.path(), 32 * MIB).stop().await;
+    write();
+    std::fs::create_dir(dir.path().join("index/00000009.gone")).unwrap();
+    open(dir.path(), 32 * MIB).stop().await;
+    for path in theirs.map(|path| dir.path().join(path)) {
+        assert!(path.exists(), "{} is gone", path.display());
+    }
+    assert!(!dir.path().join("index/00000009.gone").exists());
+}
+
 #[tokio::test]
 async fn the_bound_may_change_between_runs() {
     let (dir, len) = (tempfile::tempdir().unwrap(), 1 << 20);
