@@ -253,13 +253,23 @@ impl Engine {
             generation: fill.slice.generation,
             whole: &whole,
         };
-        let outcome = self
+        let ended = self
             .cut_to_the_end(&fill, manifest.as_ref(), &whole, supply, first)
             .await;
+        let is_origins = is_origins_failure(&ended);
+        let outcome = match ended {
+            Ok(Ended::Whole) => Ok(()),
+            Ok(Ended::GivenUp) => Err(failed("nobody reads this body")),
+            Err(error) => Err(error),
+        };
         if let Err(error) = &outcome {
-            self.inner.metrics.failed_subrequests_total.inc();
-            tracing::warn!(url = %fill.url(), %error, "a body broke off");
-            if *error != FillError::Changed {
+            if is_origins {
+                self.inner.metrics.failed_subrequests_total.inc();
+                tracing::warn!(url = %fill.url(), %error, "a body broke off");
+            } else {
+                tracing::debug!(url = %fill.url(), %error, "a body was given up");
+            }
+            if is_origins && *error != FillError::Changed {
                 self.broke_off(&fill);
             }
             match self.manifest_of(&fill).await {
@@ -304,7 +314,7 @@ impl Engine {
         whole: &Whole,
         mut supply: Supply,
         mut flight: Option<Arc<Flight>>,
-    ) -> Result<(), FillError> {
+    ) -> Result<Ended, FillError> {
         let slice_bytes = fill.version.slice_bytes;
         let known = fill.version.length;
         let mut stored = Stored::Kept;
@@ -328,10 +338,11 @@ impl Engine {
                     Stored::Kept | Stored::Passing => 0,
                 };
                 let wanted = whole.until_wanted(index, ahead, read_on, is_unread);
-                is_unread = match self.shedding(fill, whole, wanted).await? {
+                is_unread = match self.shedding(fill, whole, wanted).await {
                     GoOn::ForReaders => false,
                     GoOn::ForTheCache => true,
-                    GoOn::NoMore => return Ok(()),
+                    GoOn::NoMore => return Ok(Ended::Whole),
+                    GoOn::GivenUp => return Ok(Ended::GivenUp),
                 };
                 // Whoever wants it reads it from there, at the disk's pace.
                 let is_here = supply.is_again
@@ -357,7 +368,7 @@ impl Engine {
                         self.keep(fill.key, manifest);
                     }
                     self.finish_slice(fill, whole, flight, stored);
-                    return Ok(());
+                    return Ok(Ended::Whole);
                 };
                 let end = at + bytes.len() as u64;
                 if known.is_none() && self.is_too_large(end) && stored == Stored::Kept {
@@ -385,7 +396,7 @@ impl Engine {
                 if let Some(body) = &mut supply.body {
                     let _ = body.next().await;
                 }
-                return Ok(());
+                return Ok(Ended::Whole);
             }
         }
         Err(failed("more slices than can be counted"))
@@ -632,6 +643,23 @@ enum GoOn {
     ForTheCache,
     /// It does not: another body has taken its place, and nobody waits for this.
     NoMore,
+    /// It does not: nobody reads it, and it is too large to be read on.
+    GivenUp,
+}
+
+/// How a body ended that did not fail.
+#[derive(Clone, Copy)]
+enum Ended {
+    /// There is no more of it, or nobody who wants more.
+    Whole,
+    /// We let go of it.
+    GivenUp,
+}
+
+/// Whether it was the origin that ended a body too early: not our memory, and not
+/// our patience with readers.
+fn is_origins_failure(ended: &Result<Ended, FillError>) -> bool {
+    !matches!(ended, Ok(_) | Err(FillError::NoMemory))
 }
 
 /// Whether a body's slices are kept.
@@ -733,25 +761,19 @@ impl Whole {
     /// Waits while slice `index` is more than `window` ahead of every reader.
     /// Where it is no more than `read_on` ahead, that is for a while, and a body
     /// that `is_unread` has done so already.
-    async fn until_wanted(
-        &self,
-        index: u32,
-        window: u32,
-        read_on: u64,
-        is_unread: bool,
-    ) -> Result<GoOn, FillError> {
+    async fn until_wanted(&self, index: u32, window: u32, read_on: u64, is_unread: bool) -> GoOn {
         let mut wanted = self.wanted.subscribe();
         loop {
             let foremost = *wanted.borrow_and_update();
             if index <= foremost.saturating_add(window) {
-                return Ok(GoOn::ForReaders);
+                return GoOn::ForReaders;
             }
             if self.is_done_with() {
-                return Ok(GoOn::NoMore);
+                return GoOn::NoMore;
             }
             let is_worth_keeping = u64::from(index - foremost) <= read_on;
             let patience = match is_worth_keeping {
-                true if is_unread => return Ok(GoOn::ForTheCache),
+                true if is_unread => return GoOn::ForTheCache,
                 true => UNREAD_FOR,
                 false => GIVEN_UP_AFTER,
             };
@@ -760,8 +782,8 @@ impl Whole {
                 .is_err()
             {
                 return match is_worth_keeping {
-                    true => Ok(GoOn::ForTheCache),
-                    false => Err(failed("nobody reads this body")),
+                    true => GoOn::ForTheCache,
+                    false => GoOn::GivenUp,
                 };
             }
         }
@@ -816,8 +838,8 @@ mod tests {
         let mut is_unread = false;
         for index in 0.. {
             match whole.until_wanted(index, AHEAD, read_on, is_unread).await {
-                Ok(wanted) => is_unread = wanted == GoOn::ForTheCache,
-                Err(_) => return (index, began.elapsed()),
+                GoOn::GivenUp => return (index, began.elapsed()),
+                wanted => is_unread = wanted == GoOn::ForTheCache,
             }
         }
         unreachable!("there is no such body")
@@ -831,6 +853,20 @@ mod tests {
         // One that is not kept is not read on either.
         let (slices, after) = until_given_up(&Whole::default(), 0).await;
         assert_eq!((slices, after), (AHEAD + 1, GIVEN_UP_AFTER));
+    }
+
+    #[test]
+    fn what_we_decide_is_no_failure_of_the_origin() {
+        for ours in [
+            Ok(Ended::Whole),
+            Ok(Ended::GivenUp),
+            Err(FillError::NoMemory),
+        ] {
+            assert!(!is_origins_failure(&ours));
+        }
+        for its in [failed("the body ended early"), FillError::Changed] {
+            assert!(is_origins_failure(&Err(its)));
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -876,10 +912,10 @@ mod tests {
         let after = wholes.begin_another(generation);
         // It still has somebody to bring that slice to, and then it has not.
         let next = before.until_wanted(20, AHEAD, 0, false).await;
-        assert_eq!(next, Ok(GoOn::ForReaders));
+        assert_eq!(next, GoOn::ForReaders);
         before.lock().waiting.clear();
         let next = before.until_wanted(21 + AHEAD, AHEAD, 256, false).await;
-        assert_eq!(next, Ok(GoOn::NoMore));
+        assert_eq!(next, GoOn::NoMore);
         assert!(!before.hand_over(&Flight::new(id(40), 0..1)));
         assert!(after.hand_over(&Flight::new(id(40), 0..1)));
     }
