@@ -1152,6 +1152,9 @@ impl ProxyHttp for Front {
         if session.req_header().version == http::Version::HTTP_10
             && !upstream.headers.contains_key(header::CONTENT_LENGTH)
         {
+            // As in `begin`: no chunks, the connection's end is the body's.
+            upstream.remove_header(&header::TRANSFER_ENCODING);
+            session.set_keepalive(None);
             reset::would_look_complete(true);
         }
         if let Some(url) = ctx.may_change.take()

@@ -80,7 +80,8 @@ pub(crate) struct ClientStream {
     given: usize,
     /// Pingora has read further than that.
     is_beyond: bool,
-    /// Bytes that Pingora has read of the request whose head it waits for.
+    /// Bytes that Pingora has read of the request whose head it waits for; not what
+    /// it read while it answered the one before, a buffer of 64 KiB at most.
     head_bytes: usize,
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use pingora_slice_tests::http::{Kept, raw};
 use pingora_slice_tests::talk::{self, TalkOrigin};
-use pingora_slice_tests::{Ask, Fault, Options, TestCluster, Validators};
+use pingora_slice_tests::{Ask, Fault, Options, SLICE_BYTES, TestCluster, Validators};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -195,7 +195,7 @@ async fn a_client_of_http_1_0_sees_that_a_body_broke_off() {
         ("/relayed", "no-store", ""),
         ("/passed", "max-age=60", "Cache-Control: no-store\r\n"),
     ] {
-        let film = cluster.origin.publish(path, 200_000);
+        let film = cluster.origin.publish(path, 4 * SLICE_BYTES);
         film.validators(Validators::Nothing)
             .header("Cache-Control", rules);
         let request = format!("GET {path} HTTP/1.0\r\nHost: films.test\r\n{demands}\r\n");
@@ -205,7 +205,8 @@ async fn a_client_of_http_1_0_sees_that_a_body_broke_off() {
             let mut answer = Vec::new();
             tcp.read_to_end(&mut answer).await.map(|_| answer)
         };
-        film.once(Fault::NoLengthCloseAfter(150_000));
+        // In the third slice: the answer has begun.
+        film.once(Fault::NoLengthCloseAfter(3 * SLICE_BYTES - 100));
         let cut = ask().await.map(|answer| answer.len());
         let error = cut.expect_err(path).kind();
         assert_eq!(error, std::io::ErrorKind::ConnectionReset, "{path}");

@@ -158,8 +158,9 @@ async fn a_head_has_a_bound() {
     };
     // The same behind a request after which Pingora reads for itself.
     let odd = "GET /small?a b HTTP/1.1\r\nHost: films.test\r\n\r\n";
-    for before in ["", odd] {
-        for (bytes, wanted) in [(63 << 10, 200), (80 << 10, 431), (900 << 10, 431)] {
+    // What Pingora read while it answered that one is not counted.
+    for (before, beyond) in [("", 80 << 10), (odd, 200 << 10)] {
+        for (bytes, wanted) in [(63 << 10, 200), (beyond, 431), (900 << 10, 431)] {
             let asked = Instant::now();
             let all = [before, &head(bytes)].concat();
             let mut answers = Bytes::from(raw(node.address(), all.as_bytes()).await.unwrap());
