@@ -1057,6 +1057,8 @@ impl Engine {
         let mut request = request.clone();
         request.demands = Demands {
             no_cache: true,
+            // The client's credentials go with it (RFC 9111 section 3.5).
+            authorized: request.demands.authorized,
             ..Demands::default()
         };
         self.inner.runtime.spawn(async move {

@@ -216,3 +216,31 @@ async fn a_client_of_http_1_0_sees_that_a_body_broke_off() {
         assert!(!answer.starts_with(b"HTTP/1.1 5"), "{path}");
     }
 }
+
+/// RFC 9111 section 3.5, also where nobody waits for the answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_credentials_bring_behind_a_stale_answer_is_nobody_elses() {
+    for options in [Options::alone(), Options::cluster(3)] {
+        let cluster = options.start().await;
+        let node = cluster.node(1);
+        for n in 0..3 {
+            let film = cluster.origin.publish(&format!("/me{n}"), 1000);
+            film.header("Cache-Control", "max-age=10, stale-while-revalidate=3600");
+            film.header("Age", "20");
+            node.read(&film).await;
+            film.change();
+            node.ask(Ask::get(film.path()).header("Authorization", "Basic eDp5"))
+                .await;
+            film.until("her page", |seen| seen.len() == 2 && seen[1].ended)
+                .await;
+            film.change();
+            node.until("the page for everybody", async || {
+                let reply = node.get(film.path()).await;
+                let page = film.version_of(0, &reply.body);
+                assert_ne!(page, Some(2), "that is hers");
+                page == Some(3)
+            })
+            .await;
+        }
+    }
+}
