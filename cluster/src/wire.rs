@@ -223,7 +223,8 @@ pub enum Answer {
     Changed,
     /// The origin could not be used; the status a client should see (502, 504).
     Failed {
-        /// 502 or 504, or the origin's own 5xx.
+        /// 502 or 504, or the origin's own: 5xx, and to Slice what it refused the
+        /// asker with.
         status: u16,
     },
     /// This node cannot take the request now (overload, shutdown, no way to

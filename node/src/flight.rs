@@ -41,6 +41,13 @@ pub enum FillError {
         /// For the log.
         reason: String,
     },
+    /// The origin refuses whoever began the fill, by what that client sent: it
+    /// says nothing of the version, nor of what others get.
+    #[error("the origin refuses this client ({status})")]
+    Refused {
+        /// The origin's own, 3xx or 4xx.
+        status: u16,
+    },
     /// The memory budget is spent, and stayed so: another node may have room.
     #[error("no memory for it came free in time")]
     NoMemory,
@@ -54,7 +61,10 @@ impl FillError {
     pub fn as_str(&self) -> &'static str {
         match self {
             FillError::NoMemory => "no-memory",
-            FillError::Changed | FillError::Failed { .. } | FillError::Damaged => "fill-failed",
+            FillError::Changed
+            | FillError::Failed { .. }
+            | FillError::Refused { .. }
+            | FillError::Damaged => "fill-failed",
         }
     }
 
@@ -63,7 +73,7 @@ impl FillError {
         match self {
             FillError::Failed { status, .. } => *status,
             FillError::NoMemory => 503,
-            FillError::Changed | FillError::Damaged => 502,
+            FillError::Changed | FillError::Refused { .. } | FillError::Damaged => 502,
         }
     }
 }

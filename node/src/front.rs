@@ -341,6 +341,10 @@ impl Front {
                         Some(answered) => match answered {
                             Answered::Done => return Ok(true),
                             Answered::Changed => gone = Some(found.object.manifest.generation),
+                            Answered::Refused => {
+                                ctx.passed = Some("refused");
+                                return Ok(false);
+                            }
                             Answered::Failed(error) => {
                                 self.refuse(session, ctx, error.status(), error.as_str())
                                     .await?;
@@ -391,6 +395,7 @@ impl Front {
             Some(Ok(bytes)) => Some(bytes),
             None => None,
             Some(Err(FillError::Changed)) => return Ok(Answered::Changed),
+            Some(Err(FillError::Refused { .. })) => return Ok(Answered::Refused),
             Some(Err(error)) => return Ok(Answered::Failed(error)),
         };
         self.begin(session, ctx, head, false, &found.informational)
@@ -799,6 +804,8 @@ enum Answered {
     Done,
     /// The version is gone, and nothing was written.
     Changed,
+    /// The origin refuses this client the bytes, and nothing was written.
+    Refused,
     /// It cannot be had, and nothing was written.
     Failed(FillError),
 }

@@ -366,7 +366,7 @@ fn may_be_had_again(error: &FillError, reader: &SliceReader) -> bool {
         FillError::Changed => false,
         // Whoever waited for memory in vain has waited long enough.
         FillError::NoMemory => false,
-        FillError::Failed { .. } => reader.is_joined(),
+        FillError::Failed { .. } | FillError::Refused { .. } => reader.is_joined(),
         FillError::Damaged => true,
     }
 }

@@ -468,11 +468,10 @@ async fn refuses_in_the_middle_of_an_object() {
         Fault::Status(304),
         Fault::Status(412),
         Fault::Status(404),
-        Fault::Status(403),
+        Fault::Status(410),
         Fault::Status(500),
         Fault::Status(503),
         Fault::Status(429),
-        Fault::Redirect("/elsewhere".into()),
         Fault::Hangup,
         Fault::Garbage(b"HTTP/1.1 nonsense\r\n\r\n".to_vec()),
     ]
@@ -496,6 +495,49 @@ async fn refuses_in_the_middle_of_an_object() {
         assert!(!whole && read <= middle, "{read}, {whole}");
         film.behave();
         node.read(&film).await;
+    }
+}
+
+/// What one client's own fields provoke is its own affair: it gets the origin's
+/// answer, whoever has joined it gets the bytes, and nothing is forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn refuses_one_client_in_the_middle_of_an_object() {
+    let middle = 3 * SLICE_BYTES;
+    for nodes in [1, 3] {
+        let cluster = TestCluster::start(nodes).await;
+        let node = cluster.node(1);
+        for (status, bytes) in [
+            (302, 10),
+            (400, SLICE_BYTES),
+            (401, 10),
+            (403, SLICE_BYTES),
+            (431, 10),
+        ] {
+            println!("{status}");
+            let film = cluster.origin.publish(&format!("/film-{status}"), LENGTH);
+            node.read_range(&film, 0, 10).await;
+            let purges = node.metric("purge_index").await;
+            film.always_from(middle, Fault::Refuses("referer", status));
+            let from_elsewhere = || Ask::get(film.path()).header("Referer", "http://elsewhere/");
+            let range = format!("bytes={middle}-{}", middle + bytes - 1);
+            let (ask, address) = (from_elsewhere().range(&range), node.address());
+            let refused = tokio::spawn(async move { ask.send(address).await });
+            film.until("the refused", |seen| seen.len() == 2).await;
+            node.read_range(&film, middle, middle + bytes).await;
+            let refused = refused.await.unwrap().unwrap();
+            let told = (refused.status, refused.header("x-cache"));
+            assert_eq!(told, (status, "PASS"), "{refused:?}");
+            let is_refused = |seen: &&pingora_slice_tests::origin::Seen| seen.status == status;
+            assert_eq!(film.seen().iter().filter(is_refused).count(), 2);
+
+            // When the head is out, the body ends visibly short.
+            let cut = drain(node.open(from_elsewhere()).await, &film, 1).await;
+            assert!(!cut.1 && cut.0 <= middle + SLICE_BYTES, "{cut:?}");
+            node.read(&film).await;
+            let counts = film.fetches_per_slice();
+            assert!(counts.iter().all(|n| *n == 1), "{counts:?}");
+            assert_eq!(node.metric("purge_index").await, purges);
+        }
     }
 }
 

@@ -231,13 +231,17 @@ impl Engine {
             version: ask.version,
             stamp: ask.stamp,
         };
-        let (flight, _) = self.origin_fill(&fill, Some(permit));
+        let (flight, started) = self.origin_fill(&fill, Some(permit));
         let mut reader = flight.read(ask.start..ask.end);
         match reader.next().await {
             None => (Answer::PastEnd, None),
             Some(Err(FillError::Changed)) => (Answer::Changed, None),
             Some(Err(FillError::NoMemory | FillError::Damaged)) => (Answer::Busy, None),
-            Some(Err(FillError::Failed { status, .. })) => (Answer::Failed { status }, None),
+            // Somebody else was refused: its asker may not be.
+            Some(Err(FillError::Refused { .. })) if !started => (Answer::Busy, None),
+            Some(Err(FillError::Failed { status, .. } | FillError::Refused { status })) => {
+                (Answer::Failed { status }, None)
+            }
             Some(Ok(first)) => {
                 let slice_bytes = fill.slice_bytes();
                 (

@@ -339,6 +339,9 @@ impl Engine {
             Answer::Slice { .. } => body.ok_or_else(|| NextSource("no body".into()))?,
             Answer::PastEnd if fill.version.length.is_none() => return Ok(Ok(())),
             Answer::Changed => return Ok(Err(FillError::Changed)),
+            Answer::Failed { status } if status < 500 => {
+                return Ok(Err(FillError::Refused { status }));
+            }
             other => return Err(NextSource(format!("{other:?}"))),
         };
         flight.note_source(Source::Peer);
@@ -843,11 +846,21 @@ impl Engine {
                 fault("status");
                 Err(failed(format!("status {}", answer.status)))
             }
-            _ => {
+            status => {
                 fault("status");
-                Err(Retry::No(FillError::Changed))
+                Err(Retry::No(refusal(status)))
             }
         }
+    }
+}
+
+/// What a status says that fits no request for bytes of a version: that there is
+/// no such version any more, or something about the client whose fields were sent.
+pub(super) fn refusal(status: u16) -> FillError {
+    match status {
+        304 | 404 | 410 | 412 | 416 => FillError::Changed,
+        300..=499 => FillError::Refused { status },
+        _ => FillError::Changed,
     }
 }
 

@@ -17,7 +17,7 @@ use pingora_slice_cluster::wire::{OriginRequest, Part};
 use pingora_slice_cluster::{Generation, ObjectKey, SliceId};
 use tokio::sync::watch;
 
-use super::fill::{Retry, if_range, is_pinned, same_version};
+use super::fill::{Retry, if_range, is_pinned, refusal, same_version};
 use super::resolve::back_off;
 use super::{Engine, Fill, Request};
 use crate::flight::{FillError, Flight, Source};
@@ -272,9 +272,13 @@ impl Engine {
             if is_origins && *error != FillError::Changed {
                 self.broke_off(&fill);
             }
-            match self.manifest_of(&fill).await {
-                _ if *error == FillError::Changed => self.announce_change(&fill).await,
-                Some(manifest) if fill.version.whole => self.forget_manifest(fill.key, &manifest),
+            match (error, self.manifest_of(&fill).await) {
+                (FillError::Changed, _) => self.announce_change(&fill).await,
+                // Others may have the bytes yet, if it is known how many there are.
+                (FillError::Refused { .. }, Some(manifest)) if manifest.length().is_some() => {}
+                (_, Some(manifest)) if fill.version.whole => {
+                    self.forget_manifest(fill.key, &manifest);
+                }
                 _ => {}
             }
         }
@@ -508,6 +512,8 @@ impl Engine {
             Ok((answer.body, at))
         } else if matches!(answer.status, 429 | 500..) && status < 400 {
             Err(Retry::Yes(failed("the origin fails")))
+        } else if status < 300 {
+            Err(Retry::No(refusal(answer.status)))
         } else {
             Err(Retry::No(FillError::Changed))
         }

@@ -81,6 +81,8 @@ enum Given {
     No,
     /// Nor can it be had any more.
     Gone,
+    /// Nor will the origin give it to this client.
+    Refused,
 }
 
 impl Front {
@@ -114,6 +116,7 @@ impl Front {
                 Given::Yes => Ok(Directly::Answered),
                 Given::No => known(None, None),
                 Given::Gone => known(None, Some(found.object.manifest.generation)),
+                Given::Refused => known(Some(Resolved::Pass("refused")), None),
             };
         }
         // What is done without a lease is the long way's (rule 5).
@@ -130,6 +133,7 @@ impl Front {
                 Given::Yes => return Ok(Directly::Answered),
                 Given::No => {}
                 Given::Gone => return known(None, Some(found.object.manifest.generation)),
+                Given::Refused => return known(Some(Resolved::Pass("refused")), None),
             }
         }
         known(Some(resolved), None)
@@ -315,6 +319,7 @@ impl Front {
             }
             // The long way finds another version.
             Some(Err(FillError::Changed)) => return Ok(Given::Gone),
+            Some(Err(FillError::Refused { .. })) => return Ok(Given::Refused),
             Some(Err(FillError::Damaged)) | None => return Ok(Given::No),
         };
         begin();

@@ -113,6 +113,9 @@ pub enum Fault {
     Status(u16),
     /// 302 to this location.
     Redirect(String),
+    /// This status, after a second in which others may join, to requests that
+    /// have this field alone.
+    Refuses(&'static str, u16),
     /// 416, whatever was asked.
     Unsatisfiable,
     /// These bytes instead of an answer, then close.
@@ -609,10 +612,15 @@ impl Object {
         }
     }
 
-    /// The fault for a request whose first byte is `start`; counted off.
-    fn fault(&mut self, start: u64) -> Option<Fault> {
+    /// The fault for a request whose first byte is `start`, and which has the
+    /// fields that `has` says; counted off.
+    fn fault(&mut self, start: u64, has: impl Fn(&str) -> bool) -> Option<Fault> {
         let at = self.faults.iter().position(|scripted| {
-            start >= scripted.from && scripted.times.is_none_or(|times| times > 0)
+            let is_meant = match &scripted.fault {
+                Fault::Refuses(field, _) => has(field),
+                _ => true,
+            };
+            is_meant && start >= scripted.from && scripted.times.is_none_or(|times| times > 0)
         })?;
         let scripted = &mut self.faults[at];
         if let Some(times) = &mut scripted.times {

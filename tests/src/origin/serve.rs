@@ -392,7 +392,7 @@ fn decide(request: &Request, object: Option<&Arc<Mutex<Object>>>) -> Answer {
         Wanted::Part(range) => range.start,
         _ => 0,
     };
-    let fault = object.fault(start);
+    let fault = object.fault(start, |name| request.header(name).is_some());
     let mut answer = model(request, &object, range, fault.as_ref());
     answer.version = object.version;
     if let Some(fault) = fault {
@@ -583,6 +583,10 @@ fn disturb(answer: &mut Answer, fault: Fault, length: u64) {
         | Fault::ShortRange
         | Fault::ShortBody => {}
         Fault::Status(status) => *answer = Answer::text(status, format!("{status}, as told\n")),
+        Fault::Refuses(_, status) => {
+            *answer = Answer::text(status, format!("{status} for you\n"));
+            answer.delay = Duration::from_secs(1);
+        }
         Fault::Unsatisfiable => {
             *answer = Answer::text(416, "");
             answer.header("Content-Range", format!("bytes */{length}"));
