@@ -244,3 +244,32 @@ async fn what_credentials_bring_behind_a_stale_answer_is_nobody_elses() {
         }
     }
 }
+
+/// A 304 has no body: its connection is good for the next request at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn validations_keep_their_connection() {
+    let cluster = TestCluster::alone().await;
+    let film = cluster.origin.publish("/film", 1000);
+    cluster.node(1).read(&film).await;
+    film.until("the end", |seen| seen[0].ended).await;
+    let before = cluster.origin.connections();
+    for _ in 0..20 {
+        let ask = Ask::get("/film").header("Cache-Control", "no-cache");
+        let reply = cluster.node(1).ask(ask).await;
+        assert_eq!(reply.header("x-cache"), "REVALIDATED");
+    }
+    // The one from before may be at rest still when the first needs one.
+    let made = cluster.origin.connections() - before;
+    assert!(made <= 1, "{made} connections for 20 validations");
+    // The same for what is passed on and is empty.
+    let film = cluster.origin.publish("/empty", 0);
+    film.header("Cache-Control", "no-store");
+    film.always(Fault::IgnoreRange);
+    let before = cluster.origin.connections();
+    for _ in 0..20 {
+        let reply = cluster.node(1).get("/empty").await;
+        assert_eq!((reply.status, reply.header("x-cache")), (200, "PASS"));
+    }
+    let made = cluster.origin.connections() - before;
+    assert!(made <= 1, "{made} connections for 20 empty answers");
+}

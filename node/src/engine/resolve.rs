@@ -627,6 +627,10 @@ impl Engine {
         mut answer: OriginAnswer,
         flight: &Arc<Resolve>,
     ) -> Act {
+        if answer.status == 304 {
+            // It has no body: after its end the connection can be used again.
+            let _ = answer.body.next().await;
+        }
         match answer.status {
             304 => match confirm {
                 Some(object) if is_of_another(&object.manifest.version, &answer) => {

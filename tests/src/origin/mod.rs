@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
@@ -243,6 +244,8 @@ struct Shared {
     objects: Mutex<HashMap<String, Arc<Mutex<Object>>>>,
     trees: Mutex<Vec<(String, PathBuf)>>,
     log: Mutex<Vec<Arc<Mutex<Seen>>>>,
+    /// Connections accepted so far.
+    connections: AtomicUsize,
     /// Counts changes of the log, for those who wait for one.
     changes: watch::Sender<u64>,
 }
@@ -271,6 +274,7 @@ impl Origin {
             objects: Mutex::default(),
             trees: Mutex::default(),
             log: Mutex::default(),
+            connections: AtomicUsize::new(0),
             changes: watch::Sender::new(0),
         });
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
@@ -322,6 +326,11 @@ impl Origin {
     /// GETs that were answered with bytes of any object.
     pub fn fetches(&self) -> usize {
         self.log().iter().filter(|seen| seen.fetched()).count()
+    }
+
+    /// Connections that were made so far.
+    pub fn connections(&self) -> usize {
+        self.shared.connections.load(Ordering::Relaxed)
     }
 
     /// Waits until the log satisfies `condition`.
