@@ -11,6 +11,7 @@
 //! modules; here they are put in order, and the order is told in one place each.
 
 mod answer;
+mod changes;
 mod fill;
 mod inspect;
 mod part;
@@ -50,6 +51,7 @@ use crate::plan;
 use crate::purge::normalise_host;
 use crate::stitch::StitchLog;
 
+use changes::Changes;
 pub use fill::Fill;
 use resolve::Resolves;
 use tags::OtherTags;
@@ -324,6 +326,8 @@ struct Inner {
     /// Manifests that are being validated behind stale answers.
     turns: Turns,
     uncacheable: Mutex<HashMap<ObjectKey, std::time::Instant>>,
+    /// Of records in memory.
+    changes: Changes,
     other_tags: Mutex<OtherTags>,
     /// Versions whose end is being announced.
     ending: Mutex<HashMap<Generation, watch::Receiver<()>>>,
@@ -380,6 +384,7 @@ impl Engine {
             resolves: Resolves::default(),
             turns: Turns::default(),
             uncacheable: Mutex::default(),
+            changes: Changes::default(),
             other_tags: Mutex::default(),
             ending: Mutex::default(),
             metrics,
@@ -755,62 +760,79 @@ impl Engine {
     }
 
     async fn record(&self, key: u128) -> Option<Kept> {
-        if let Some(kept) = self.inner.l1.record(key) {
-            return Some(kept);
+        /// A miss after so many, each overtaken by a change.
+        const READ_AGAIN_MAX: usize = 3;
+        for _ in 0..READ_AGAIN_MAX {
+            if let Some(kept) = self.inner.l1.record(key) {
+                return Some(kept);
+            }
+            let since = self.inner.changes.so_far(key);
+            let kept = self.record_on_disk(key).await?;
+            // What has been kept meanwhile is newer; what has been forgotten is gone.
+            let promoted = self.inner.changes.unless_changed(key, since, || {
+                self.inner.l1.keep_record(key, kept.clone());
+            });
+            if promoted.is_some() {
+                return Some(kept);
+            }
         }
+        None
+    }
+
+    async fn record_on_disk(&self, key: u128) -> Option<Kept> {
         let bytes = self.inner.l2.as_ref()?.manifest(key).await?;
-        let kept = match manifest::decode(&bytes)? {
+        match manifest::decode(&bytes)? {
             // A body that was under way when the node stopped.
             Record::Manifest(manifest)
                 if manifest.length().is_none()
                     && self.inner.wholes.get(manifest.generation).is_none() =>
             {
-                return None;
+                None
             }
-            Record::Manifest(manifest) => Kept::Manifest(Arc::new(Stored::new(*manifest))),
-            Record::Varies { url, by } => Kept::Varies(Arc::new((url, by))),
-        };
-        self.inner.l1.keep_record(key, kept.clone());
-        Some(kept)
+            Record::Manifest(manifest) => Some(Kept::Manifest(Arc::new(Stored::new(*manifest)))),
+            Record::Varies { url, by } => Some(Kept::Varies(Arc::new((url, by)))),
+        }
     }
 
     /// Keeps a manifest in memory, and on disk where it belongs.
     fn keep(&self, key: ObjectKey, manifest: Manifest) -> Arc<Stored> {
-        let manifest = self.for_all(&manifest).unwrap_or(manifest);
+        let mut manifest = self.for_all(&manifest).unwrap_or(manifest);
         let Some(hash_key) = self.hash_key() else {
             return Arc::new(Stored::new(manifest));
         };
         let at = manifest::variant_key(&hash_key, key, &manifest.variant);
-        if let Some(Kept::Manifest(known)) = self.inner.l1.record(at)
-            && known.manifest.stamp > manifest.stamp
-        {
-            // An answer that was long under way does not replace a newer one.
-            return Arc::new(Stored::new(manifest));
-        }
         let on_disk = self.inner.l2.as_ref().filter(|_| self.is_keeper(key, 0));
-        if !manifest.variant.is_empty() {
-            let by = manifest.varies_by();
+        let keep = |at, record: Record, kept| {
             if let Some(l2) = on_disk {
-                let record = Record::Varies {
-                    url: manifest.url.clone(),
-                    by: by.clone(),
-                };
-                l2.keep_manifest(key.0, manifest::encode(&record).into());
+                l2.keep_manifest(at, manifest::encode(&record).into());
             }
-            self.inner
-                .l1
-                .keep_record(key.0, Kept::Varies(Arc::new((manifest.url.clone(), by))));
+            self.inner.l1.keep_record(at, kept);
+        };
+        let changing = self.inner.changes.begin(at);
+        if let Some(Kept::Manifest(known)) = self.inner.l1.record(at) {
+            match with_length(&known.manifest, &manifest) {
+                Some(both) => manifest = both,
+                // An answer that was long under way does not replace a newer one.
+                None if known.manifest.stamp > manifest.stamp => {
+                    return Arc::new(Stored::new(manifest));
+                }
+                None => {}
+            }
         }
-        if let Some(l2) = on_disk {
-            l2.keep_manifest(
-                at,
-                manifest::encode(&Record::Manifest(Box::new(manifest.clone()))).into(),
-            );
-        }
+        let by = (!manifest.variant.is_empty()).then(|| manifest.varies_by());
+        let url = manifest.url.clone();
         let object = Arc::new(Stored::new(manifest));
-        self.inner
-            .l1
-            .keep_record(at, Kept::Manifest(object.clone()));
+        let record = Record::Manifest(Box::new(object.manifest.clone()));
+        keep(at, record, Kept::Manifest(object.clone()));
+        drop(changing);
+        if let Some(by) = by {
+            let _changing = self.inner.changes.begin(key.0);
+            let record = Record::Varies {
+                url: url.clone(),
+                by: by.clone(),
+            };
+            keep(key.0, record, Kept::Varies(Arc::new((url, by))));
+        }
         object
     }
 
@@ -860,7 +882,11 @@ impl Engine {
         let Some(hash_key) = self.hash_key() else {
             return;
         };
-        let at = manifest::variant_key(&hash_key, key, &manifest.variant);
+        self.forget_record(manifest::variant_key(&hash_key, key, &manifest.variant));
+    }
+
+    fn forget_record(&self, at: u128) {
+        let _changing = self.inner.changes.begin(at);
         self.inner.l1.drop_record(at);
         if let Some(l2) = &self.inner.l2 {
             l2.drop_manifest(at);
@@ -1212,6 +1238,27 @@ impl Engine {
 fn is_worth_reading_whole(wanted: u32, slice_bytes: u32, chance: f64) -> bool {
     const READ_IN_PARTS: f64 = 4.0;
     wanted >= slice_bytes || chance * READ_IN_PARTS * f64::from(slice_bytes) < f64::from(wanted)
+}
+
+/// The newer of two manifests of one version, with the length that the other has:
+/// a body that came without one has it since its end, which a validation may overlap.
+/// `None`: there is none to be had from the other.
+fn with_length(known: &Manifest, ours: &Manifest) -> Option<Manifest> {
+    if known.generation != ours.generation {
+        return None;
+    }
+    let age = |manifest: &Manifest| (manifest.stamp, manifest.freshness.received_ms);
+    let newer = match age(known) > age(ours) {
+        true => known,
+        false => ours,
+    };
+    let length = match (known.length(), ours.length()) {
+        (Some(length), None) | (None, Some(length)) => length,
+        _ => return None,
+    };
+    let mut both = newer.clone();
+    both.version.length = Some(length);
+    Some(both)
 }
 
 /// Whether a manifest of which only a part is held can answer a request.

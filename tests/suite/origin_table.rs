@@ -541,6 +541,46 @@ async fn refuses_one_client_in_the_middle_of_an_object() {
     }
 }
 
+/// A validation that overlaps the end does not take away the length that came with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn is_validated_while_a_body_without_a_length_ends() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    for purged in [false, true] {
+        let film = cluster.origin.publish(&format!("/film-{purged}"), LENGTH);
+        film.once(Fault::NoLength);
+        let mut gate = film.hold_at(LENGTH - 1);
+        let reading = node.reading(&film);
+        gate.holds(1).await;
+        let validated = match purged {
+            // The 304 comes before the end, and is newer than the body.
+            true => {
+                node.purge(film.path()).await;
+                let validated = node.open(Ask::get(film.path())).await;
+                assert_eq!(validated.header("x-cache"), "REVALIDATED");
+                gate.open();
+                drain(validated, &film, 1).await.1
+            }
+            // It comes after.
+            false => {
+                film.once(Fault::Delay(Duration::from_secs(1)));
+                let ask = Ask::get(film.path()).header("Cache-Control", "no-cache");
+                let address = node.address();
+                let validating = tokio::spawn(async move { ask.send(address).await });
+                film.until("a validation", |seen| seen.len() == 2).await;
+                gate.open();
+                let reply = validating.await.unwrap().unwrap();
+                reply.header("x-cache") == "REVALIDATED"
+            }
+        };
+        assert!(validated, "{:#?}", film.seen());
+        assert_eq!(reading.await.unwrap().unwrap().body, film.content().all());
+        let warm = node.ask(Ask::new("HEAD", film.path())).await;
+        let told = (warm.header("x-cache"), warm.header("content-length"));
+        assert_eq!(told, ("HIT", LENGTH.to_string().as_str()), "{purged}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn redirects() {
     let cluster = TestCluster::alone().await;
