@@ -14,6 +14,7 @@ mod answer;
 mod changes;
 mod fill;
 mod inspect;
+mod noted;
 mod part;
 mod resolve;
 mod tags;
@@ -41,7 +42,7 @@ use tokio::sync::watch;
 use crate::budget::{Budget, Permit};
 use crate::config::Config;
 use crate::flight::{Flights, SliceReader, Source};
-use crate::freshness::{self, Demands, Policy, Use, unix_ms};
+use crate::freshness::{self, Demands, NotStored, Policy, Use, unix_ms};
 use crate::l1::{Kept, L1};
 use crate::l2::L2;
 use crate::manifest::{self, Manifest, Record, Stored, Url};
@@ -53,7 +54,8 @@ use crate::stitch::StitchLog;
 
 use changes::Changes;
 pub use fill::Fill;
-use resolve::Resolves;
+use noted::Noted;
+use resolve::{Resolves, ends_what_is_stored, is_for_one};
 use tags::OtherTags;
 use turns::{Turn, Turns};
 use whole::Wholes;
@@ -69,8 +71,6 @@ const OWNERS_TRIED: usize = 3;
 /// How long what an owner holds counts as stale once it has said so: it is having
 /// it validated, and is asked again by one hit in that time at most.
 const OWNER_IS_STALE_FOR: Duration = Duration::from_millis(100);
-/// URLs remembered as not cacheable.
-const UNCACHEABLE_MAX: usize = 10_000;
 
 /// A client's request, as far as the cache is concerned.
 #[derive(Clone, Debug)]
@@ -325,7 +325,10 @@ struct Inner {
     resolves: Resolves,
     /// Manifests that are being validated behind stale answers.
     turns: Turns,
-    uncacheable: Mutex<HashMap<ObjectKey, std::time::Instant>>,
+    /// Objects that are passed on.
+    uncacheable: Noted,
+    /// Objects whose answers are waited for by nobody but who causes them.
+    unshared: Noted,
     /// Of records in memory.
     changes: Changes,
     other_tags: Mutex<OtherTags>,
@@ -383,7 +386,8 @@ impl Engine {
             wholes: Wholes::default(),
             resolves: Resolves::default(),
             turns: Turns::default(),
-            uncacheable: Mutex::default(),
+            uncacheable: Noted::default(),
+            unshared: Noted::default(),
             changes: Changes::default(),
             other_tags: Mutex::default(),
             ending: Mutex::default(),
@@ -519,7 +523,7 @@ impl Engine {
                 reason: Failure::OnlyIfCached,
             };
         }
-        if self.is_uncacheable(request.key) {
+        if self.inner.uncacheable.has(request) {
             return Resolved::Pass("predicted-uncacheable");
         }
         if leased && let Some(resolved) = self.resolve_at_owners(request, held.as_ref(), gone).await
@@ -547,19 +551,16 @@ impl Engine {
         }
     }
 
-    /// Why a response to this request is not kept, in a word.
+    /// Why a response to this request is not kept; `None` where it is too large.
     pub fn why_not_stored(
         &self,
         request: &Request,
         status: u16,
         headers: &HeaderMap,
-    ) -> &'static str {
+    ) -> Option<NotStored> {
         let now_ms = unix_ms(SystemTime::now());
         let policy = &self.inner.policy;
-        match freshness::store(policy, &request.demands, status, headers, now_ms, now_ms) {
-            Err(why) => why.as_str(),
-            Ok(_) => "too-large",
-        }
+        freshness::store(policy, &request.demands, status, headers, now_ms, now_ms).err()
     }
 
     /// Begins an answer, known from now on to every hard purge (G2); `None` if
@@ -1006,6 +1007,18 @@ impl Engine {
                 informational,
             } => {
                 let headers = manifest::to_map(&headers);
+                let why = self.why_not_stored(request, status, &headers);
+                if why.is_some_and(is_for_one) {
+                    self.inner
+                        .unshared
+                        .note(request.key, request.demands.authorized);
+                }
+                if let Some(held) = held
+                    && why.is_some()
+                    && ends_what_is_stored(status, why)
+                {
+                    self.forget_manifest(request.key, &held.object.manifest);
+                }
                 let length = headers
                     .get(http::header::CONTENT_LENGTH)
                     .and_then(|v| v.to_str().ok()?.parse().ok());
@@ -1018,7 +1031,13 @@ impl Engine {
                     body: RelayBody::Peer(body?),
                 })))
             }
-            Answer::Uncacheable => Some(Resolved::Pass("uncacheable")),
+            Answer::Uncacheable => {
+                // Nor is what this node holds, which the owner would have had.
+                if let (Some(held), false) = (held, stored_only || request.demands.authorized) {
+                    self.forget_manifest(request.key, &held.object.manifest);
+                }
+                Some(Resolved::Pass("uncacheable"))
+            }
             // It reached the origin, and has had its tries.
             Answer::Failed { status } => Some(Resolved::Failed {
                 status,
@@ -1100,26 +1119,9 @@ impl Engine {
 
     /// Passes an object's next requests at once: what is found to be of no use for
     /// the cache need not be found out each time.
-    pub fn mark_uncacheable(&self, key: ObjectKey) {
-        let mut list = self.inner.uncacheable.lock().expect("no panic while held");
-        if list.len() >= UNCACHEABLE_MAX {
-            list.clear();
-        }
-        list.insert(key, std::time::Instant::now());
-    }
-
-    fn is_uncacheable(&self, key: ObjectKey) -> bool {
-        /// How long a URL is passed after an answer that may not be shared.
-        const PASSED_FOR: Duration = Duration::from_secs(5);
-        let mut list = self.inner.uncacheable.lock().expect("no panic while held");
-        match list.get(&key) {
-            Some(since) if since.elapsed() < PASSED_FOR => true,
-            Some(_) => {
-                list.remove(&key);
-                false
-            }
-            None => false,
-        }
+    pub fn mark_uncacheable(&self, request: &Request) {
+        let authorized = request.demands.authorized;
+        self.inner.uncacheable.note(request.key, authorized);
     }
 
     /// Forgets a version everywhere: the origin has another, and answers from

@@ -33,7 +33,7 @@ use crate::budget::Permit;
 use crate::connection;
 use crate::engine::{Engine, Forwarded, Found, Relay, Request, Resolved, Sent};
 use crate::flight::{FillError, Form};
-use crate::freshness::{Demands, unix_ms};
+use crate::freshness::{Demands, NotStored, unix_ms};
 use crate::manifest::{Manifest, Url};
 use crate::metrics::Metrics;
 use crate::origin::is_coded;
@@ -304,7 +304,7 @@ impl Front {
                         && !request.sliced
                         && plan::wants_ranges(&fields) =>
                 {
-                    self.engine.mark_uncacheable(request.key);
+                    self.engine.mark_uncacheable(&request);
                     ctx.passed = Some("uncacheable");
                     return Ok(false);
                 }
@@ -632,7 +632,8 @@ impl Front {
         }
         let why = self
             .engine
-            .why_not_stored(request, relay.status, &relay.headers);
+            .why_not_stored(request, relay.status, &relay.headers)
+            .map_or("too-large", NotStored::as_str);
         let status = format!(
             "fwd={}; fwd-status={}; detail={why}",
             relay.forwarded.as_str(),

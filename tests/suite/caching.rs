@@ -245,6 +245,79 @@ async fn what_credentials_bring_behind_a_stale_answer_is_nobody_elses() {
     }
 }
 
+/// What is asked for with credentials and may not be shared is waited for by
+/// nobody else, and says nothing of what others get.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_with_credentials_does_not_cost_the_others_the_cache() {
+    const HELD: Duration = Duration::from_secs(3);
+    for options in [Options::alone(), Options::cluster(3)] {
+        let cluster = options.start().await;
+        let node = cluster.node(1);
+        let x_cache = async |path: &str| node.get(path).await.header("x-cache").to_owned();
+        let hers = |path: &str| Ask::get(path).header("Authorization", "Basic eDp5");
+
+        let film = cluster.origin.publish("/after", 3 * SLICE_BYTES);
+        film.header("Cache-Control", "max-age=3600");
+        let reply = node.ask(hers("/after")).await;
+        assert_eq!(film.version_of(0, &reply.body), Some(1));
+        assert_eq!(x_cache("/after").await, "MISS");
+        assert_eq!(x_cache("/after").await, "HIT");
+
+        let film = cluster.origin.publish("/while", 3 * SLICE_BYTES);
+        film.header("Cache-Control", "max-age=3600");
+        film.once(Fault::Delay(HELD));
+        let (ask, address) = (hers("/while"), node.address());
+        let asking = tokio::spawn(async move { ask.send(address).await });
+        film.until("hers", |seen| seen.len() == 1).await;
+        let begin = Instant::now();
+        assert_eq!(x_cache("/while").await, "MISS");
+        assert_eq!(x_cache("/while").await, "HIT");
+        assert!(begin.elapsed() < HELD, "waited for hers");
+        let reply = asking.await.unwrap().unwrap();
+        assert_eq!(film.version_of(0, &reply.body), Some(1));
+        assert_eq!(x_cache("/while").await, "HIT");
+    }
+}
+
+/// RFC 9111 section 4, for what the origin gives by ranges.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newer_answer_in_slices_that_is_not_stored_takes_the_older_away() {
+    const FRESH: (&str, &str) = ("max-age=3600", "0");
+    const STALE: (&str, &str) = ("max-age=10, stale-while-revalidate=3600", "20");
+    for options in [Options::alone(), Options::cluster(3)] {
+        let cluster = options.start().await;
+        for (n, ((rules, age), length)) in [
+            (FRESH, 1000),
+            (FRESH, 3 * SLICE_BYTES),
+            (STALE, 1000),
+            (STALE, 3 * SLICE_BYTES),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let film = cluster.origin.publish(&format!("/film{n}"), length);
+            film.header("Cache-Control", rules).header("Age", age);
+            cluster.read_from_every_node(&film).await;
+            film.change();
+            film.header("Cache-Control", "no-store");
+            let reload = Ask::get(film.path()).header("Cache-Control", "no-cache");
+            if (rules, age) == FRESH {
+                cluster.node(1).ask(reload).await;
+            }
+            for node in cluster.nodes() {
+                let is_newer = async || {
+                    let reply = node.get(film.path()).await;
+                    film.version_of(0, &reply.body) == Some(2)
+                };
+                match (rules, age) == FRESH {
+                    true => assert!(is_newer().await, "node {} of film {n}", node.id()),
+                    false => node.until("the newer answer", is_newer).await,
+                }
+            }
+        }
+    }
+}
+
 /// A 304 has no body: its connection is good for the next request at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn validations_keep_their_connection() {

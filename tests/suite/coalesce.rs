@@ -190,3 +190,34 @@ async fn who_asks_after_a_purge_does_not_join_who_asked_before() {
         assert_eq!(film.version_of(0, &before.body), Some(1));
     }
 }
+
+/// Once it is known that answers are for one client each, nobody waits for
+/// another's; and one that may be shared again is stored at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_may_not_be_shared_are_waited_for_by_nobody() {
+    const CLIENTS: usize = 20;
+    const NEVER: Duration = Duration::from_secs(600);
+    for nodes in [1, 3] {
+        let cluster = TestCluster::start(nodes).await;
+        let node = cluster.node(1);
+        let owner = nodes as u64;
+        let x_cache = async |path: &str| node.get(path).await.header("x-cache").to_owned();
+        for film in cluster.films_owned_by(owner, 2, 1000).await {
+            film.header("Cache-Control", "private");
+            assert_eq!(x_cache(film.path()).await, "PASS");
+            film.header("Cache-Control", "max-age=3600");
+            assert_eq!(x_cache(film.path()).await, "MISS");
+            assert_eq!(x_cache(film.path()).await, "HIT");
+            node.purge(film.path()).await;
+            film.header("Cache-Control", "private").change();
+            assert_eq!(x_cache(film.path()).await, "PASS");
+            let before = film.seen().len();
+            film.always(Fault::Delay(NEVER));
+            let asking: Vec<_> = (0..CLIENTS).map(|_| node.reading(&film)).collect();
+            let all = film.until("everybody", |seen| seen.len() == before + CLIENTS);
+            let all = tokio::time::timeout(Duration::from_secs(20), all).await;
+            assert!(all.is_ok(), "{} of {CLIENTS}", film.seen().len() - before);
+            asking.iter().for_each(|asking| asking.abort());
+        }
+    }
+}

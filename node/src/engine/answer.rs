@@ -113,7 +113,7 @@ impl Engine {
             };
             return (answer, None);
         }
-        if self.is_uncacheable(request.key) {
+        if self.inner.uncacheable.has(&request) {
             return (Answer::Uncacheable, None);
         }
         match self.resolve_at_origin(&request, held, ask.gone, true).await {

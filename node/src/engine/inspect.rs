@@ -51,7 +51,7 @@ impl Inspect for Engine {
         let leased = self.inner.cluster.may_serve();
         let (verdict, reason) = match held.as_ref().map(|h| h.verdict) {
             _ if self.hash_key().is_none() => ("pass", "the cluster has not formed yet".to_owned()),
-            None if self.is_uncacheable(request.key) => {
+            None if self.inner.uncacheable.has(&request) => {
                 ("pass", "its last answer might not be shared".to_owned())
             }
             None => (

@@ -277,7 +277,8 @@ impl Engine {
         mut answer: OriginAnswer,
         flight: &Arc<Resolve>,
     ) -> Outcome {
-        let Some((mut headers, freshness)) = self.keepable(request, &part, &answer) else {
+        let keepable = self.keepable(request, &part, &answer, flight).await;
+        let Some((mut headers, freshness)) = keepable else {
             return self.relay(answer, flight);
         };
         let mut bytes =
@@ -324,7 +325,8 @@ impl Engine {
         mut answer: OriginAnswer,
         flight: &Arc<Resolve>,
     ) -> Outcome {
-        let Some((headers, freshness)) = self.keepable(request, &part, &answer) else {
+        let keepable = self.keepable(request, &part, &answer, flight).await;
+        let Some((headers, freshness)) = keepable else {
             return self.relay(answer, flight);
         };
         let bytes = match read(&self.inner.budget, &mut answer.body, part.end - part.start).await {
@@ -345,15 +347,22 @@ impl Engine {
     }
 
     /// The fields and the lifetime of a part that may be kept.
-    fn keepable(
+    async fn keepable(
         &self,
         request: &Request,
         part: &Part,
         answer: &OriginAnswer,
+        flight: &Resolve,
     ) -> Option<(HeaderMap, manifest::Freshness)> {
         let mut headers = answer.headers.clone();
         origin::strip_framing(&mut headers);
-        let freshness = self.store(request, 200, &headers, answer).ok()?;
+        let freshness = match self.store(&request.demands, 200, &headers, answer) {
+            Ok(freshness) => freshness,
+            Err(why) => {
+                self.is_not_stored(request, 200, Some(why), flight).await;
+                return None;
+            }
+        };
         let encoded = headers.contains_key(CONTENT_ENCODING);
         let fits = part.slice_bytes(self.inner.config.slice_bytes).is_some() && !encoded;
         fits.then_some((headers, freshness))

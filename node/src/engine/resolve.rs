@@ -60,16 +60,17 @@ enum Asked {
 }
 
 /// The resolves under way, by the key under which a manifest will be kept, as
-/// far as it is known that the object varies. Those that ask other nodes are
+/// far as it is known that the object varies, and whether credentials are sent:
+/// what those bring is rarely for others. Those that ask other nodes are
 /// apart, so that answering a peer never waits on one (invariant 3).
 #[derive(Default)]
 pub(super) struct Resolves {
-    at_owners: Mutex<HashMap<u128, Arc<Resolve>>>,
-    at_origin: Mutex<HashMap<u128, Arc<Resolve>>>,
+    at_owners: Mutex<HashMap<(u128, bool), Arc<Resolve>>>,
+    at_origin: Mutex<HashMap<(u128, bool), Arc<Resolve>>>,
 }
 
 impl Resolves {
-    fn of(&self, asked: Asked) -> &Mutex<HashMap<u128, Arc<Resolve>>> {
+    fn of(&self, asked: Asked) -> &Mutex<HashMap<(u128, bool), Arc<Resolve>>> {
         match asked {
             Asked::Owners => &self.at_owners,
             Asked::Origin => &self.at_origin,
@@ -89,20 +90,23 @@ pub(super) struct Resolve {
     informational: Mutex<Informational>,
     /// The owner had it from somebody else's request: for whoever started it.
     collapsed: AtomicBool,
+    /// Its answer is not stored, and took away what was.
+    took_away: AtomicBool,
 }
 
 impl Resolve {
     /// Whether the origin no longer has a version that other nodes may still
-    /// answer from, because it is fresh.
+    /// answer from unasked. Of one that is served while it is validated they hear
+    /// from its owner, as long as that has another.
     fn replaces(&self, outcome: &Outcome, old: &Stored) -> bool {
         let old = &old.manifest;
+        let staleness = old.freshness.staleness(unix_ms(SystemTime::now()));
+        if self.took_away.load(Ordering::Relaxed) {
+            return staleness <= old.freshness.stale_while_revalidate;
+        }
         let other = match outcome {
             Outcome::Object(object, Resolution::Miss) => {
                 object.manifest.generation != old.generation
-            }
-            Outcome::Relay => {
-                let relay = self.relay.lock().expect("no panic while held");
-                relay.as_ref().is_some_and(|relay| relay.status < 500)
             }
             _ => false,
         };
@@ -158,7 +162,7 @@ impl Resolve {
 struct Ending<'a> {
     engine: &'a Engine,
     asked: Asked,
-    at: u128,
+    at: (u128, bool),
     flight: &'a Arc<Resolve>,
     outcome: Outcome,
 }
@@ -253,8 +257,9 @@ impl Engine {
         let mut unfit = None;
         for _ in 0..JOINS_MAX {
             let joined = self.join(asked, request, held, gone, may_join, unfit.as_ref());
-            let Some((flight, started)) = joined else {
-                return Ok(Resolved::Pass("not-ready"));
+            let (flight, started) = match joined {
+                Ok(joined) => joined,
+                Err(why) => return Ok(Resolved::Pass(why)),
             };
             let mut news = flight.outcome.subscribe();
             let outcome = match news.wait_for(Option::is_some).await {
@@ -322,7 +327,7 @@ impl Engine {
     }
 
     /// The flight to wait for, started if there is none that may be joined
-    /// (rule 6). `None` while the cluster has no hash key.
+    /// (rule 6); or why the request is passed on instead.
     fn join(
         &self,
         asked: Asked,
@@ -331,8 +336,8 @@ impl Engine {
         gone: Option<Generation>,
         may_join: bool,
         unfit: Option<&Arc<Resolve>>,
-    ) -> Option<(Arc<Resolve>, bool)> {
-        let hash_key = self.hash_key()?;
+    ) -> Result<(Arc<Resolve>, bool), &'static str> {
+        let hash_key = self.hash_key().ok_or("not-ready")?;
         let subject = Subject::new(
             &hash_key,
             &request.url.host,
@@ -346,6 +351,7 @@ impl Engine {
             }
             _ => request.key.0,
         };
+        let at = (at, request.demands.authorized);
         let under_way = self.inner.resolves.of(asked);
         let mut map = under_way.lock().expect("no panic while held");
         if may_join
@@ -355,7 +361,12 @@ impl Engine {
             && joinable(flight.stamp, self.floor(&subject))
             && (gone.is_none() || flight.gone == gone)
         {
-            return Some((flight.clone(), false));
+            // Its answer will not be for us either, most likely; if it is for all, it
+            // is stored, and everybody after it has it.
+            if self.inner.unshared.has(request) {
+                return Err("uncacheable");
+            }
+            return Ok((flight.clone(), false));
         }
         let flight = Arc::new(Resolve {
             stamp: self.inner.cluster.applied(),
@@ -364,6 +375,7 @@ impl Engine {
             relay: Mutex::new(None),
             informational: Mutex::default(),
             collapsed: AtomicBool::new(false),
+            took_away: AtomicBool::new(false),
         });
         map.insert(at, flight.clone());
         drop(map);
@@ -399,8 +411,11 @@ impl Engine {
                     outcome
                 }
             };
+            if matches!(end.outcome, Outcome::Object(..)) {
+                engine.inner.unshared.forget(&request);
+            }
         });
-        Some((flight, true))
+        Ok((flight, true))
     }
 
     /// A client's demand has found out that a fresh version is no longer what the
@@ -699,7 +714,7 @@ impl Engine {
                 if matches!(status, 204 | 205) {
                     answer.length = Some(0);
                 }
-                Act::Done(self.whole(request, status, answer, flight))
+                Act::Done(self.whole(request, status, answer, flight).await)
             }
         }
     }
@@ -726,7 +741,12 @@ impl Engine {
         if let Some(Ok(etag)) = manifest.version.etag.as_ref().map(|etag| etag.parse()) {
             headers.insert(ETAG, etag);
         }
-        let judged = self.store(request, manifest.status, &headers, &answer);
+        // Whoever asks: what is stored was no answer to these credentials.
+        let demands = Demands {
+            authorized: false,
+            ..request.demands.clone()
+        };
+        let judged = self.store(&demands, manifest.status, &headers, &answer);
         headers.remove(http::header::AGE);
         write_date(&mut headers, answer.received_ms);
         manifest.headers = manifest::to_headers(&headers);
@@ -776,9 +796,10 @@ impl Engine {
             .config
             .max_object_bytes
             .is_some_and(|max| total > max);
-        let storable = self.store(request, 200, &answer.headers, &answer);
-        if let Err(why) = storable {
-            tracing::debug!(url = %request.url, why = why.as_str(), "not stored");
+        let storable = self.store(&request.demands, 200, &answer.headers, &answer);
+        if too_large || storable.is_err() {
+            self.is_not_stored(request, 200, storable.err(), flight)
+                .await;
         }
         let freshness = match storable {
             Ok(freshness) if !too_large => freshness,
@@ -791,7 +812,8 @@ impl Engine {
             }
             _ => {
                 // The client gets it by a request of its own.
-                self.mark_uncacheable(request.key);
+                let authorized = request.demands.authorized;
+                self.inner.uncacheable.note(request.key, authorized);
                 return Act::Done(Outcome::Uncacheable);
             }
         };
@@ -838,7 +860,7 @@ impl Engine {
     }
 
     /// Any other final answer: kept whole, or relayed.
-    fn whole(
+    async fn whole(
         &self,
         request: &Request,
         status: u16,
@@ -849,17 +871,12 @@ impl Engine {
             (Some(max), Some(length)) => length > max,
             _ => false,
         };
-        let freshness = match self.store(request, status, &answer.headers, &answer) {
+        let storable = self.store(&request.demands, status, &answer.headers, &answer);
+        let freshness = match storable {
             Ok(freshness) if !too_large => freshness,
-            Ok(_) => return self.relay(answer, flight),
-            Err(why) => {
-                tracing::debug!(url = %request.url, why = why.as_str(), "not stored");
-                if answer.status < 500 {
-                    self.inner.l1.drop_record(request.key.0);
-                    if let Some(l2) = &self.inner.l2 {
-                        l2.drop_manifest(request.key.0);
-                    }
-                }
+            _ => {
+                self.is_not_stored(request, status, storable.err(), flight)
+                    .await;
                 return self.relay(answer, flight);
             }
         };
@@ -879,6 +896,31 @@ impl Engine {
         Outcome::Object(self.keep_for_asker(request.key, manifest), Resolution::Miss)
     }
 
+    /// An answer is not stored (`None`: it is too large), and takes away what is,
+    /// of all variants, where it is in its place (RFC 9111 section 4).
+    pub(super) async fn is_not_stored(
+        &self,
+        request: &Request,
+        status: u16,
+        why: Option<NotStored>,
+        flight: &Resolve,
+    ) {
+        tracing::debug!(url = %request.url, why = why.map_or("too-large", NotStored::as_str), "not stored");
+        if why.is_some_and(is_for_one) {
+            let authorized = request.demands.authorized;
+            self.inner.unshared.note(request.key, authorized);
+        }
+        if !ends_what_is_stored(status, why) {
+            return;
+        }
+        flight.took_away.store(true, Ordering::Relaxed);
+        let stored = self.lookup(request.key, &request.url, || &request.origin.headers);
+        if let Some(object) = stored.await {
+            self.forget_manifest(request.key, &object.manifest);
+        }
+        self.forget_record(request.key.0);
+    }
+
     pub(super) fn relay(&self, mut answer: OriginAnswer, flight: &Arc<Resolve>) -> Outcome {
         answer.headers.remove(http::header::CONTENT_LENGTH);
         flight.put_relay(Relay {
@@ -894,14 +936,14 @@ impl Engine {
 
     pub(super) fn store(
         &self,
-        request: &Request,
+        demands: &Demands,
         status: u16,
         headers: &HeaderMap,
         answer: &OriginAnswer,
     ) -> Result<Freshness, NotStored> {
         freshness::store(
             &self.inner.policy,
-            &request.demands,
+            demands,
             status,
             headers,
             answer.asked_ms,
@@ -1113,6 +1155,25 @@ impl Probe {
 
 fn wants_range(request: &Request) -> bool {
     plan::range_value(&manifest::to_map(&request.origin.headers)).is_some()
+}
+
+/// Whether an answer that is not stored shows that what is stored is not what the
+/// origin has for others: not where it may be about the one client that asked
+/// (RFC 9111 section 4.3.3), and not where the origin fails.
+pub(super) fn ends_what_is_stored(status: u16, why: Option<NotStored>) -> bool {
+    why != Some(NotStored::Authorized) && (status < 400 || matches!(status, 404 | 410))
+}
+
+/// Whether an answer is not stored because it is for one client, or for one request.
+pub(super) fn is_for_one(why: NotStored) -> bool {
+    match why {
+        NotStored::NoStore
+        | NotStored::Private
+        | NotStored::Authorized
+        | NotStored::SetCookie
+        | NotStored::VaryAny => true,
+        NotStored::Status | NotStored::NoFreshness | NotStored::Encoded => false,
+    }
 }
 
 /// The errors that `stale-if-error` is for (RFC 5861 section 4).

@@ -378,7 +378,9 @@ impl Engine {
                 if known.is_none() && self.is_too_large(end) && stored == Stored::Kept {
                     // It passes without a trace: for those who read it now.
                     stored = Stored::Passing;
-                    self.mark_uncacheable(fill.key);
+                    for authorized in [false, true] {
+                        self.inner.uncacheable.note(fill.key, authorized);
+                    }
                     if let Some(manifest) = self.manifest_of(fill).await {
                         self.forget_manifest(fill.key, &manifest);
                     }
