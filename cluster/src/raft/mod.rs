@@ -132,8 +132,8 @@ impl Node {
             process: dir.count_start()?,
         };
         let replica = Replica::new(me, ClusterState::default());
-        let log = LogStore::open(&dir.path().join("raft"))?;
         let machine_state = StateMachine::open(dir.path().join("raft.snapshot"), replica.clone())?;
+        let log = LogStore::open(&dir.path().join("raft"), machine_state.newest())?;
 
         let door = Arc::new(Door {
             me,

@@ -21,6 +21,7 @@ use std::ops::{Bound, RangeBounds};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use openraft::storage::{LogFlushed, RaftLogStorage, RaftStateMachine};
@@ -29,6 +30,7 @@ use openraft::{
     RaftSnapshotBuilder, SnapshotMeta, StorageIOError, StoredMembership,
 };
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::watch;
 
 use crate::crc32c::crc32c;
 use crate::handle::StartError;
@@ -63,6 +65,10 @@ const ROTATE_BYTES: u64 = 16 << 20;
 /// into one with room to spare.
 const ENTRIES_BYTES_MAX: usize = 1 << 20;
 const _: () = assert!(ENTRIES_BYTES_MAX <= crate::peer::CONTROL_BYTES_MAX / 2);
+
+/// How long the log waits for the snapshot that takes the place of its entries:
+/// 128 MiB at 4 MiB/s, twice. A disk that takes longer stops the node.
+const SNAPSHOT_WAIT: Duration = Duration::from_secs(60);
 
 const VOTE: &[u8] = b"v";
 const PURGED: &[u8] = b"p";
@@ -219,12 +225,19 @@ fn entry_key(index: u64) -> Vec<u8> {
 #[derive(Clone)]
 pub(crate) struct LogStore {
     rows: Rows,
+    /// Last entry in the snapshot on disk.
+    snapshot: watch::Receiver<Option<LogId>>,
 }
 
 impl LogStore {
-    pub(crate) fn open(dir: &Path) -> Result<LogStore, StartError> {
+    /// The log in `dir`, beside a state machine whose snapshots `snapshot` follows.
+    pub(crate) fn open(
+        dir: &Path,
+        snapshot: watch::Receiver<Option<LogId>>,
+    ) -> Result<LogStore, StartError> {
         Ok(LogStore {
             rows: Rows::open(dir)?,
+            snapshot,
         })
     }
 
@@ -400,10 +413,23 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             .map_err(|e| StorageIOError::write_logs(e).into())
     }
 
+    /// openraft asks for it while a snapshot that it was sent is still being
+    /// installed, by a task that waits for nothing here. A crash between would
+    /// leave neither the entries nor what takes their place.
     async fn purge(&mut self, log_id: LogId) -> Result<(), StorageError> {
-        let remove = self.keys((Bound::Unbounded, Bound::Included(log_id.index)));
+        let mut snapshot = self.snapshot.clone();
+        let covers = |newest: &Option<LogId>| newest.is_some_and(|id| id.index >= log_id.index);
         let write = async {
-            self.commit(vec![(PURGED.into(), encode(&log_id)?)], remove?)
+            let wait = async { snapshot.wait_for(covers).await.is_ok() };
+            if !tokio::time::timeout(SNAPSHOT_WAIT, wait)
+                .await
+                .unwrap_or(false)
+            {
+                let why = format!("no snapshot up to {log_id}, so the log is kept");
+                return Err(AnyError::error(why));
+            }
+            let remove = self.keys((Bound::Unbounded, Bound::Included(log_id.index)))?;
+            self.commit(vec![(PURGED.into(), encode(&log_id)?)], remove)
                 .await
         };
         write
@@ -426,8 +452,10 @@ pub(crate) struct StateMachine {
     snapshot: PathBuf,
     /// Last applied entry and membership; beside the replica since only openraft asks.
     position: Arc<Mutex<(Option<LogId>, Membership)>>,
-    /// Last entry in the snapshot on disk; locked while that is replaced.
-    newest: Arc<Mutex<Option<LogId>>>,
+    /// Last entry in the snapshot on disk.
+    newest: watch::Sender<Option<LogId>>,
+    /// Held while that snapshot is replaced.
+    replacing: Arc<Mutex<()>>,
 }
 
 impl StateMachine {
@@ -437,11 +465,13 @@ impl StateMachine {
             replica,
             snapshot: path,
             position: Arc::default(),
-            newest: Arc::default(),
+            newest: watch::Sender::new(None),
+            replacing: Arc::default(),
         };
         let load = || -> Result<(), AnyError> {
             if let Some(kept) = machine.kept()? {
                 machine.replace(&kept.meta, state_of(&kept.state)?);
+                machine.newest.send_replace(kept.meta.last_log_id);
             }
             Ok(())
         };
@@ -450,6 +480,11 @@ impl StateMachine {
             reason: e.to_string(),
         })?;
         Ok(machine)
+    }
+
+    /// Follows the last entry in the snapshot on disk.
+    pub(crate) fn newest(&self) -> watch::Receiver<Option<LogId>> {
+        self.newest.subscribe()
     }
 
     fn kept(&self) -> Result<Option<Kept>, AnyError> {
@@ -461,16 +496,21 @@ impl StateMachine {
 
     /// Keeps a snapshot unless a newer one has been installed meanwhile.
     fn keep(&self, meta: &SnapshotMeta<u64, BasicNode>, state: &[u8]) -> Result<(), AnyError> {
-        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        if meta.last_log_id < *newest {
+        let _alone = self
+            .replacing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let newest = *self.newest.borrow();
+        if meta.last_log_id < newest {
             return Ok(());
         }
-        *newest = meta.last_log_id;
         let bytes = encode(&Kept {
             meta: meta.clone(),
             state: state.into(),
         })?;
-        replace_file(&self.snapshot, &bytes).map_err(|e| AnyError::new(&e))
+        replace_file(&self.snapshot, &bytes).map_err(|e| AnyError::new(&e))?;
+        self.newest.send_replace(meta.last_log_id);
+        Ok(())
     }
 
     fn position(&self) -> std::sync::MutexGuard<'_, (Option<LogId>, Membership)> {
@@ -597,13 +637,16 @@ mod tests {
     fn open(dir: &Path) -> (LogStore, StateMachine) {
         let replica = Replica::new(NodeId(1), ClusterState::default());
         let machine = StateMachine::open(dir.join("snapshot"), replica).unwrap();
-        (LogStore::open(&dir.join("log")).unwrap(), machine)
+        let log = LogStore::open(&dir.join("log"), machine.newest()).unwrap();
+        (log, machine)
     }
 
     impl StoreBuilder<TypeConfig, LogStore, StateMachine, tempfile::TempDir> for InTempDir {
         async fn build(&self) -> Result<(tempfile::TempDir, LogStore, StateMachine), StorageError> {
             let dir = tempfile::tempdir().unwrap();
-            let (log, machine) = open(dir.path());
+            let (mut log, machine) = open(dir.path());
+            // It purges logs whose entries no snapshot holds.
+            log.snapshot = watch::Sender::new(Some(log_id(1, 1, u64::MAX))).subscribe();
             Ok((dir, log, machine))
         }
     }
@@ -665,6 +708,66 @@ mod tests {
         assert_ne!(follower.replica.version(), before);
         let sent = follower.get_current_snapshot().await.unwrap().unwrap();
         assert_eq!(sent.meta, snapshot.meta);
+    }
+
+    fn sent(index: u64) -> (SnapshotMeta<u64, BasicNode>, Vec<u8>) {
+        let mut state = ClusterState::default();
+        state.advance(index);
+        let meta = SnapshotMeta {
+            last_log_id: Some(log_id(1, 1, index)),
+            ..SnapshotMeta::default()
+        };
+        (meta, state.to_bytes())
+    }
+
+    /// A process that is killed while it installs a snapshot can start again.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_log_is_purged_after_its_snapshot_is_on_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut log, mut machine) = open(dir.path());
+        let rows: Vec<_> = (1..=2)
+            .map(|index| {
+                (
+                    entry_key(index),
+                    encode(&entry(index, purge_all(7))).unwrap(),
+                )
+            })
+            .collect();
+        log.commit(rows, vec![]).await.unwrap();
+        let mut beside = log.clone();
+
+        // A disk that stands still while it is to take the snapshot.
+        let replacing = machine.replacing.clone();
+        let (stands, standing) = std::sync::mpsc::channel();
+        let (go_on, stand) = std::sync::mpsc::channel::<()>();
+        let disk = std::thread::spawn(move || {
+            let _held = replacing.lock().unwrap();
+            stands.send(()).unwrap();
+            stand.recv().unwrap();
+        });
+        standing.recv().unwrap();
+        let (meta, state) = sent(9);
+        let install = async move {
+            let snapshot = Box::new(Cursor::new(state));
+            machine.install_snapshot(&meta, snapshot).await
+        };
+        let installing = tokio::spawn(install);
+        let mut purging = tokio::spawn(async move { log.purge(log_id(1, 1, 9)).await });
+        // Nothing tells that something does not happen.
+        let early = tokio::time::timeout(Duration::from_millis(300), &mut purging).await;
+        // What a process that is killed now would find.
+        let left = beside.get_log_state().await.unwrap();
+        drop(beside);
+        go_on.send(()).unwrap();
+        disk.join().unwrap();
+        installing.await.unwrap().unwrap();
+        assert!(early.is_err() && left.last_purged_log_id.is_none());
+        assert_eq!(left.last_log_id, Some(log_id(1, 1, 2)));
+        purging.await.unwrap().unwrap();
+        let (mut log, mut machine) = open(dir.path());
+        let purged = log.get_log_state().await.unwrap().last_purged_log_id;
+        assert_eq!(purged, Some(log_id(1, 1, 9)));
+        assert_eq!(machine.applied_state().await.unwrap().0, purged);
     }
 
     #[tokio::test]
