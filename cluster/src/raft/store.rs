@@ -494,14 +494,14 @@ impl StateMachine {
         }
     }
 
-    /// Keeps a snapshot unless a newer one has been installed meanwhile.
+    /// Keeps a snapshot unless one as new has been installed meanwhile.
     fn keep(&self, meta: &SnapshotMeta<u64, BasicNode>, state: &[u8]) -> Result<(), AnyError> {
         let _alone = self
             .replacing
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let newest = *self.newest.borrow();
-        if meta.last_log_id < newest {
+        if newest.is_some() && meta.last_log_id <= newest {
             return Ok(());
         }
         let bytes = encode(&Kept {
@@ -517,8 +517,10 @@ impl StateMachine {
         self.position.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Position and state change together, as in `apply`.
     fn replace(&self, meta: &SnapshotMeta<u64, BasicNode>, state: ClusterState) {
-        *self.position() = (meta.last_log_id, meta.last_membership.clone());
+        let mut position = self.position();
+        *position = (meta.last_log_id, meta.last_membership.clone());
         self.replica.install(state);
     }
 }
@@ -768,6 +770,30 @@ mod tests {
         let purged = log.get_log_state().await.unwrap().last_purged_log_id;
         assert_eq!(purged, Some(log_id(1, 1, 9)));
         assert_eq!(machine.applied_state().await.unwrap().0, purged);
+    }
+
+    /// A snapshot holds what its name says, whatever is installed meanwhile.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_snapshot_is_never_named_after_what_it_does_not_hold() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, machine) = open(dir.path());
+        let mut builder = machine.clone();
+        let over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let ended = over.clone();
+        let installing = std::thread::spawn(move || {
+            for index in 1..=20_000 {
+                let (meta, state) = sent(index);
+                machine.replace(&meta, state_of(&state).unwrap());
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
+        while !over.load(Ordering::Relaxed) {
+            let built = builder.build_snapshot().await.unwrap();
+            let held = state_of(built.snapshot.get_ref()).unwrap().applied().0;
+            let named = built.meta.last_log_id.map_or(0, |id| id.index);
+            assert_eq!(held, named);
+        }
+        installing.join().unwrap();
     }
 
     #[tokio::test]
