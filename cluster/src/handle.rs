@@ -318,6 +318,12 @@ impl Cluster {
         self.replica().floor(subject)
     }
 
+    /// The hard purge that a generation of `subject` begun now is named after
+    /// ([`crate::purge::Floors::hard_for_new`]).
+    pub fn hard_for_new(&self, subject: &Subject) -> PurgeIndex {
+        self.replica().hard_for_new(subject)
+    }
+
     /// To be held by an answer from before it looks at the floors until its
     /// last byte: no hard purge applied meanwhile is acknowledged before the
     /// answer has let go. [`Epoch::over`] says when to look again.

@@ -188,10 +188,35 @@ pub fn joinable(flight_stamp: PurgeIndex, floor: Floor) -> bool {
 /// collide and old entries fold into the floor of everything. That costs a
 /// revalidation (for a hard purge, a refill), never a stale answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Tables")]
 pub struct Floors {
     plain: Table,
     soft: Table,
     hard: Table,
+    /// The highest hard purge of any tag or of everything: follows from `hard`,
+    /// and is kept since finding it takes a walk through all tags.
+    #[serde(skip)]
+    any_tag: PurgeIndex,
+}
+
+/// [`Floors`] as they are stored and sent.
+#[derive(Deserialize)]
+struct Tables {
+    plain: Table,
+    soft: Table,
+    hard: Table,
+}
+
+impl From<Tables> for Floors {
+    fn from(Tables { plain, soft, hard }: Tables) -> Floors {
+        let any_tag = hard.tags.values().copied().fold(hard.all, PurgeIndex::max);
+        Floors {
+            plain,
+            soft,
+            hard,
+            any_tag,
+        }
+    }
 }
 
 impl Floors {
@@ -203,6 +228,9 @@ impl Floors {
             PurgeMode::Hard => &mut self.hard,
         };
         table.raise(scope, index);
+        if let (Scope::Tag(_) | Scope::All, PurgeMode::Hard) = (scope, mode) {
+            self.any_tag = index.max(self.any_tag);
+        }
         self.bound();
     }
 
@@ -214,15 +242,24 @@ impl Floors {
         Floor { plain, soft, hard }
     }
 
+    /// The hard purge that a generation of `subject` begun now is named after.
+    /// Any of a tag counts: the generation before may have carried that tag, and
+    /// its slices must not be met again (G2).
+    pub fn hard_for_new(&self, subject: &Subject) -> PurgeIndex {
+        self.hard.highest(subject).max(self.any_tag)
+    }
+
     /// Folds every purge up to `seq` into the floors of everything (rule 18).
     pub fn fold(&mut self, seq: PurgeIndex) {
         for table in self.tables() {
             table.fold(seq);
         }
+        self.any_tag = self.any_tag.max(self.hard.all);
     }
 
     /// Takes the higher of both everywhere (rule 8).
     pub fn rise_to(&mut self, other: Floors) {
+        self.any_tag = self.any_tag.max(other.any_tag);
         for (ours, theirs) in self
             .tables()
             .into_iter()
@@ -649,6 +686,11 @@ mod tests {
             let all = [PurgeMode::Hard, PurgeMode::Plain, PurgeMode::Soft];
             let exact = Floor { hard: highest(&all[..1]), plain: highest(&all[..2]), soft: highest(&all) };
             prop_assert_eq!(floors.floor(&subject), exact);
+            let hard_of_any_tag = |(named, mode): &(Named, PurgeMode)| {
+                *mode == PurgeMode::Hard && matches!(named, Named::Tag(_))
+            };
+            let any_tag = purges.iter().rposition(hard_of_any_tag).map_or(0, |at| at as u64 + 1);
+            prop_assert_eq!(floors.hard_for_new(&subject), exact.hard.max(PurgeIndex(any_tag)));
 
             // Folding never lowers a floor, and never raises one above what it folds.
             floors.fold(PurgeIndex(fold));
@@ -658,6 +700,11 @@ mod tests {
             ] {
                 prop_assert!(after >= before && (after == before || after.0 <= fold));
             }
+            // What is derived is the same after a restart as without one.
+            let config = bincode::config::standard();
+            let bytes = bincode::serde::encode_to_vec(&floors, config).unwrap();
+            let decoded: Floors = bincode::serde::decode_from_slice(&bytes, config).unwrap().0;
+            prop_assert_eq!(decoded, floors);
         }
 
         #[test]

@@ -199,6 +199,11 @@ impl Replica {
         self.state().floors().floor(subject)
     }
 
+    /// See [`crate::Cluster::hard_for_new`].
+    pub(crate) fn hard_for_new(&self, subject: &Subject) -> PurgeIndex {
+        self.state().floors().hard_for_new(subject)
+    }
+
     /// Follows the applied index.
     pub(crate) fn progress(&self) -> watch::Receiver<PurgeIndex> {
         self.progress.subscribe()

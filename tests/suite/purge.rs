@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use pingora_slice_tests::cluster::{PURGE_TOKEN, Purged};
 use pingora_slice_tests::relay::Link;
-use pingora_slice_tests::{Ask, Fault, Film, MIB, Options, SLICE_BYTES, TestCluster};
+use pingora_slice_tests::{Ask, Fault, Film, MIB, Options, SLICE_BYTES, TestCluster, Validators};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn purge_reaches_every_node() {
@@ -548,6 +548,31 @@ async fn a_hard_purge_cuts_the_answers_that_run() {
         cluster.read_from_every_node(&film).await;
         let sent: u64 = film.seen().iter().map(|seen| seen.sent).sum();
         assert!(sent >= film.length(), "{sent} bytes were fetched again");
+    }
+}
+
+/// G2, where the new answer no longer carries the tag that was purged, and its
+/// validators and its length say that nothing has changed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hard_purge_of_a_tag_that_is_gone_gives_up_the_old_slices() {
+    let cluster = TestCluster::start(3).await;
+    for whole in [false, true] {
+        let film = cluster
+            .origin
+            .publish(&format!("/{whole}"), 3 * SLICE_BYTES);
+        film.validators(Validators::Nothing);
+        film.header("ETag", "\"v1\"")
+            .header("Cache-Tag", "release-41");
+        if whole {
+            film.always(Fault::IgnoreRange);
+        }
+        cluster.read_from_every_node(&film).await;
+        film.change();
+        film.header("Cache-Tag", "release-42");
+        let hard = [("X-Purge-Tag", "release-41"), ("X-Purge-Mode", "hard")];
+        let purged = cluster.node(2).purge_with("/", &hard).await;
+        assert_eq!(purged.status, 200, "{}", purged.json);
+        cluster.read_from_every_node(&film).await;
     }
 }
 

@@ -989,7 +989,7 @@ impl Engine {
         let tags = tags(&answer.headers);
         let subject = Subject::new(&hash_key, &request.url.host, &request.url.target, &tags);
         // A hard purge that came after the request left says nothing of these bytes.
-        version.hard = self.floor(&subject).hard.min(stamp);
+        version.hard = self.inner.cluster.hard_for_new(&subject).min(stamp);
         let exact_date = strong_date(&answer.headers, answer.received_ms).is_some();
         let has_strong_validator = match &version.etag {
             Some(_) => version.quoted_etag().is_some(),
