@@ -181,6 +181,14 @@ pub enum StartError {
         /// What to do.
         remedy: String,
     },
+    /// The log here and the one that the cluster goes by have no common history.
+    #[error("{path}: {reason}")]
+    OtherLog {
+        /// The data directory.
+        path: PathBuf,
+        /// Which of the two was lost, and what to do.
+        reason: String,
+    },
     /// The disk.
     #[error(
         "{path}: {reason}: this directory (cluster.data_dir; without a cluster, l2_cache_dir) \
@@ -265,7 +273,7 @@ impl Cluster {
     /// others and joins or founds the cluster in the background.
     ///
     /// # Errors
-    /// All of [`StartError`]; `NodeIdTaken` may also surface later through [`Cluster::failed`].
+    /// All of [`StartError`]; `NodeIdTaken` and `OtherLog` surface later, through [`Cluster::failed`].
     pub async fn start(config: ClusterConfig) -> Result<Cluster, StartError> {
         let source = Arc::default();
         let life = Life::Member(Node::start(config, Arc::clone(&source)).await?);

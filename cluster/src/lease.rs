@@ -26,7 +26,8 @@
 //!   index, and that this leader committed it makes waiting for that safe.
 //! - `process` grows with every start of a node and is taken while its data
 //!   directory is locked: a message of a later process proves the earlier one dead.
-//! - The shell lets only members speak here; that bounds every table.
+//! - The shell lets only members speak here, which bounds every table, and of
+//!   them only those whose log is this cluster's and no longer than the leader's.
 //!
 //! Not here: messages, timers, Raft (`raft`), floors (`purge`).
 
@@ -87,6 +88,16 @@ pub enum Refusal {
     /// A later process of the node, or a later renewal, has been heard.
     #[error("replaced by a later one")]
     Replaced,
+    /// It has the log of another founding (the shell finds it out).
+    #[error("this log is of another founding of the cluster")]
+    OtherCluster,
+    /// It has applied what this leader's log, confirmed by a quorum, does not
+    /// hold: entries were lost that had been committed (the shell finds it out).
+    #[error("ahead: the leader's log ends at {last}, so committed entries were lost")]
+    Ahead {
+        /// Log index.
+        last: PurgeIndex,
+    },
 }
 
 /// What may happen to a [`LeaseTable`].

@@ -23,7 +23,8 @@ const _: () = assert!(ENTRIES_AFTER_FOLD < ENTRIES_MAX && ENTRIES_AFTER_FOLD > 0
 /// A prefix with more segments purges its ancestor of this depth instead.
 pub const PREFIXES_MAX: usize = 32;
 
-// Domains of the keyed hash; 1 is the object's own (`slice`), 6 and 7 the ring's.
+// Domains of the keyed hash; 1 is the object's own (`slice`), 6 and 7 the ring's,
+// 8 the cluster's (`state`).
 const DOMAIN_HOST: u8 = 2;
 const DOMAIN_URL: u8 = 3;
 const DOMAIN_PREFIX: u8 = 4;

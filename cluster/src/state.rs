@@ -29,6 +29,13 @@ const RECENT_MAX: usize = 4096;
 const SNAPSHOT_BYTES_MAX: usize = 128 * 1024 * 1024;
 /// Version of the snapshot's form, its first byte.
 const SNAPSHOT_VERSION: u8 = 1;
+/// Domain of the keyed hash (`purge` lists them).
+const DOMAIN_CLUSTER: u8 = 8;
+
+/// Which founding a log goes back to: another one has another hash key. Logs of
+/// two foundings may have entries of the same names, so that Raft takes one for the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterId(u64);
 
 /// An entry of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -221,6 +228,12 @@ impl ClusterState {
     /// With what names are hashed, once the cluster is founded.
     pub fn hash_key(&self) -> Option<HashKey> {
         self.founded.map(|founded| founded.hash_key)
+    }
+
+    /// Which cluster this is, once it is founded.
+    pub fn cluster_id(&self) -> Option<ClusterId> {
+        let id = |key: HashKey| ClusterId(key.hash64(DOMAIN_CLUSTER, &[]));
+        self.hash_key().map(id)
     }
 
     /// Length of a lease, once the cluster is founded.

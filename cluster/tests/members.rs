@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -475,6 +475,84 @@ async fn another_machine_under_the_same_number_is_refused() {
     purge_until_confirmed(&nodes[0], "/film", 1).await;
     other.stop().await;
     stop_all(nodes).await;
+}
+
+/// A founding knows nothing of the purges of the one before it, though the
+/// names of its log's entries may be the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_of_an_earlier_founding_gets_no_lease_and_is_not_counted() {
+    let site = Site::new(2, 1);
+    let mut nodes = site.start_all().await;
+    let (edge, voter) = (nodes.pop().unwrap(), nodes.pop().unwrap());
+    let emptied = |node| ClusterConfig {
+        data_dir: site.dir.path().join(format!("emptied{node}")),
+        ..site.config(node)
+    };
+    purge_many(&voter, 30).await;
+    voter.stop().await;
+    drop(voter);
+    let voter = Cluster::start(emptied(1)).await.unwrap();
+    until("the voter founds anew", || voter.may_serve()).await;
+    let why = tokio::time::timeout(PATIENCE, edge.failed()).await;
+    let why = why.expect("it goes on with a log that is no longer the cluster's");
+    assert!(matches!(why, StartError::OtherLog { .. }), "{why}");
+    until("its old lease ends", || !edge.may_serve()).await;
+    let receipt = voter.purge(url(&voter, "/new").0, 1).await.unwrap();
+    assert_eq!(receipt.acked, [NodeId(1)]);
+
+    edge.stop().await;
+    drop(edge);
+    let edge = Cluster::start(emptied(2)).await.unwrap();
+    tokio::select! {
+        why = edge.failed() => panic!("{why}"),
+        () = until("it joins with nothing of the old", || edge.may_serve()) => {}
+    }
+    stop_all(vec![voter, edge]).await;
+}
+
+/// Voters that lost what they had committed cannot vouch for those who have applied it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_ahead_of_the_log_gets_no_lease_and_is_not_counted() {
+    let site = Site::new(2, 1);
+    let mut nodes = site.start_all().await;
+    let (edge, voter) = (nodes.pop().unwrap(), nodes.pop().unwrap());
+    let copy = site.dir.path().join("copy");
+    voter.stop().await;
+    drop(voter);
+    copy_dir(&site.config(1).data_dir, &copy);
+    let voter = site.start(1).await;
+    until("the voter is back", || {
+        voter.may_serve() && edge.may_serve()
+    })
+    .await;
+    purge_many(&voter, 30).await;
+    voter.stop().await;
+    drop(voter);
+    let turned_back = ClusterConfig {
+        data_dir: copy,
+        ..site.config(1)
+    };
+    let voter = Cluster::start(turned_back).await.unwrap();
+    until("the voter is back again", || voter.may_serve()).await;
+    let why = tokio::time::timeout(PATIENCE, edge.failed()).await;
+    let why = why.expect("it goes on with purges that the log does not hold");
+    assert!(matches!(why, StartError::OtherLog { .. }), "{why}");
+    let receipt = voter.purge(url(&voter, "/new").0, 1).await.unwrap();
+    assert_eq!(receipt.acked, [NodeId(1)]);
+    stop_all(vec![voter]).await;
+    edge.stop().await;
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_dir(&entry.path(), &to),
+            false => drop(std::fs::copy(entry.path(), to).unwrap()),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

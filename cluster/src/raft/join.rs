@@ -205,6 +205,9 @@ impl Shared {
                         remedy,
                     });
                 }
+                Ok((from, Welcome::OtherCluster)) if from != self.me => {
+                    return Err(self.other_founding());
+                }
                 Ok((_, Welcome::Joined(peers))) => self.trust(peers),
                 Ok((_, Welcome::Waiting(hello))) => {
                     unanswered.insert(address.clone(), "waits for the others too".to_owned());
@@ -258,6 +261,17 @@ impl Shared {
         Hello {
             member: self.myself(),
             founders,
+            cluster: self.replica.state().cluster_id(),
+        }
+    }
+
+    /// The end of a node whose log goes back to another founding.
+    fn other_founding(&self) -> StartError {
+        StartError::OtherLog {
+            path: self.config.data_dir.clone(),
+            reason: "this log belongs to an earlier founding of the cluster; \
+                     start with an empty data_dir and an empty l2_cache_dir"
+                .into(),
         }
     }
 
@@ -348,11 +362,31 @@ impl Shared {
         if from == self.me && member.machine == self.machine {
             return Ok(Welcome::Waiting(self.hello()));
         }
+        let cluster = self.replica.state().cluster_id();
+        if let (Some(ours), Some(theirs)) = (cluster, hello.cluster)
+            && ours != theirs
+        {
+            tracing::warn!(%from, "not admitted: its log is of another founding of the cluster");
+            // The one of the two that is in a quorum is right.
+            return Ok(match self.may_serve() {
+                true => Welcome::OtherCluster,
+                false => Welcome::Later {
+                    reason: "its log is of another founding of the cluster".into(),
+                    peers: BTreeMap::new(),
+                },
+            });
+        }
         if let Some(StartError::NodeIdTaken { remedy, .. }) = self.refusal(&member) {
             return Ok(Welcome::Refused(remedy));
         }
         if self.is_fresh().await {
             return Ok(Welcome::Waiting(self.hello()));
+        }
+        if cluster.is_none() && hello.cluster.is_some() {
+            return Ok(self.later(
+                from,
+                "its own log does not say yet which cluster it is".into(),
+            ));
         }
         if self
             .replica

@@ -20,12 +20,13 @@ use tokio::time::Instant;
 
 use super::Shared;
 use super::network::Request;
-use crate::handle::PurgeReceipt;
+use super::store::LogId;
+use crate::handle::{PurgeReceipt, StartError};
 use crate::lease::{
     Grant, Incarnation, Input, LeaseHolder, LeaseTable, Output, Refusal, Renewal, Standing,
 };
 use crate::slice::HashKey;
-use crate::state::Command;
+use crate::state::{ClusterId, Command};
 use crate::{NodeId, PurgeIndex};
 
 /// How long the leader may take to answer a renewal or an acknowledgement.
@@ -266,6 +267,14 @@ pub(super) fn spawn(shared: &Arc<Shared>, runtime: &tokio::runtime::Handle) {
     shared.spawn(runtime, Shared::keep_lease);
 }
 
+/// Why there is no lease.
+enum NoLease {
+    /// Ask again later.
+    Now(String),
+    /// There must never be one again: this node stops.
+    OtherLog(StartError),
+}
+
 impl Shared {
     /// Tells the table when this node begins and ceases to lead.
     async fn reign(self: Arc<Self>) {
@@ -386,6 +395,7 @@ impl Shared {
                 Some(leader) => {
                     let request = Request::Acknowledge {
                         from: self.leases.me,
+                        cluster: self.replica.state().cluster_id(),
                         applied,
                     };
                     self.peers
@@ -431,7 +441,8 @@ impl Shared {
                         Ok(grant) => {
                             self.leases.hold(|holder| holder.granted(now(), wall(), &grant));
                         }
-                        Err(reason) => {
+                        Err(NoLease::OtherLog(reason)) => return self.fail(reason),
+                        Err(NoLease::Now(reason)) => {
                             tracing::debug!(%leader, reason, "no lease");
                             why = format!("node {leader}: {reason}");
                         }
@@ -454,28 +465,86 @@ impl Shared {
         }
     }
 
-    async fn ask_for_lease(&self, leader: NodeId, renewal: Renewal) -> Result<Grant, String> {
+    async fn ask_for_lease(&self, leader: NodeId, renewal: Renewal) -> Result<Grant, NoLease> {
+        let cluster = self.replica.state().cluster_id();
         let answer = if leader == self.me {
-            tokio::time::timeout(ANSWER, self.renew(self.me, renewal))
+            tokio::time::timeout(ANSWER, self.renew(self.me, renewal, cluster))
                 .await
-                .map_err(|_| "it does not answer itself in time".to_owned())?
+                .map_err(|_| NoLease::Now("it does not answer itself in time".to_owned()))?
         } else {
-            let request = Request::Renew(renewal);
+            let request = Request::Renew { renewal, cluster };
             self.peers
                 .control_aside(leader, &request, ANSWER)
                 .await
-                .map_err(|e| e.to_string())?
+                .map_err(|e| NoLease::Now(e.to_string()))?
         };
-        answer.map_err(|refusal| refusal.to_string())
+        answer.map_err(|refusal| match refusal {
+            Refusal::Ahead { .. } => NoLease::OtherLog(self.ahead(&refusal)),
+            refusal => NoLease::Now(refusal.to_string()),
+        })
     }
 
     /// A renewal from a member that the log knows: the next leader knows it, too.
-    pub(super) async fn renew(&self, from: NodeId, renewal: Renewal) -> Result<Grant, Refusal> {
+    pub(super) async fn renew(
+        &self,
+        from: NodeId,
+        renewal: Renewal,
+        cluster: Option<ClusterId>,
+    ) -> Result<Grant, Refusal> {
         let known = self.replica.state().members().contains_key(&from);
         if !known || renewal.from.node != from {
             return Err(Refusal::NotLeader);
         }
+        self.shares_log(from, cluster, renewal.applied).await?;
         self.leases.renew(renewal).await
+    }
+
+    /// Whether what `from` says it has applied can be of this leader's log. An
+    /// honest member has applied nothing that a leader lacks, if a quorum follows it.
+    pub(super) async fn shares_log(
+        &self,
+        from: NodeId,
+        cluster: Option<ClusterId>,
+        applied: PurgeIndex,
+    ) -> Result<(), Refusal> {
+        let ours = self.replica.state().cluster_id();
+        if ours.is_none() {
+            return Err(Refusal::NotLeader);
+        }
+        // Whoever knows none yet has applied next to nothing.
+        if cluster.is_some() && cluster != ours {
+            tracing::warn!(%from, "no lease: its log is of another founding of the cluster");
+            return Err(Refusal::OtherCluster);
+        }
+        let last = || self.raft.data_metrics().borrow().last_log;
+        let reaches = |log_id: Option<LogId>| log_id.is_some_and(|id| id.index >= applied.0);
+        if reaches(last()) {
+            return Ok(());
+        }
+        // The metrics lag a little, and an earlier leader's log may be short.
+        let Ok((read, _)) = self.raft.get_read_log_id().await else {
+            return Err(Refusal::NotLeader);
+        };
+        if reaches(read) || reaches(last()) {
+            return Ok(());
+        }
+        let last = PurgeIndex(last().map_or(0, |id| id.index));
+        tracing::error!(
+            %from, %applied, %last,
+            "no lease: it has applied more than this log holds; committed entries were lost"
+        );
+        Err(Refusal::Ahead { last })
+    }
+
+    /// The end of a node that has applied what the cluster's log no longer holds.
+    fn ahead(&self, refusal: &Refusal) -> StartError {
+        StartError::OtherLog {
+            path: self.config.data_dir.clone(),
+            reason: format!(
+                "{refusal}; remove this node and let it come back under a new number, \
+                 with an empty data_dir and an empty l2_cache_dir"
+            ),
+        }
     }
 
     /// Gives the lease up before a stop, so that no purge waits for this node.

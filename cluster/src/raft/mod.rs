@@ -696,12 +696,18 @@ impl Shared {
             Request::PreVote { last_log } => encode(&self.would_vote(last_log)),
             Request::Vote(rpc) => encode(&self.raft.vote(rpc).await),
             Request::Snapshot(rpc) => encode(&self.raft.install_snapshot(rpc).await),
-            Request::Renew(renewal) => encode(&self.renew(from, renewal).await),
+            Request::Renew { renewal, cluster } => {
+                encode(&self.renew(from, renewal, cluster).await)
+            }
             Request::Acknowledge {
                 from: process,
+                cluster,
                 applied,
             } if process.node == from => {
-                self.leases.acknowledge(process, applied);
+                // Its next renewal tells it what is wrong.
+                if self.shares_log(from, cluster, applied).await.is_ok() {
+                    self.leases.acknowledge(process, applied);
+                }
                 encode(&())
             }
             Request::Release(process) if process.node == from => {

@@ -25,7 +25,7 @@ use crate::members::Member;
 use crate::peer::{PeerError, Peers};
 use crate::purge::PurgeItem;
 use crate::replica::Replica;
-use crate::state::{Command, Outcome};
+use crate::state::{ClusterId, Command, Outcome};
 use crate::{NodeId, PurgeIndex};
 
 /// How soon a call to an unreachable node is tried again. The connections
@@ -49,11 +49,18 @@ pub(crate) enum Request {
     /// `Result<InstallSnapshotResponse, RaftError>`.
     Snapshot(InstallSnapshotRequest<TypeConfig>),
     /// "Let me go on answering from cache." `Result<Grant, Refusal>`.
-    Renew(Renewal),
+    Renew {
+        /// What the lease table is to hear.
+        renewal: Renewal,
+        /// Which cluster's log the sender has.
+        cluster: Option<ClusterId>,
+    },
     /// "My floors show this." `()`.
     Acknowledge {
         /// Which process.
         from: Incarnation,
+        /// Which cluster's log it has.
+        cluster: Option<ClusterId>,
         /// Cumulative.
         applied: PurgeIndex,
     },
@@ -85,6 +92,8 @@ pub(crate) struct Hello {
     pub member: Member,
     /// The founders of a new cluster, once it has seen them all.
     pub founders: Vec<NodeId>,
+    /// The cluster whose log it has, if any.
+    pub cluster: Option<ClusterId>,
 }
 
 /// The answer to [`Hello`].
@@ -103,6 +112,8 @@ pub(crate) enum Welcome {
     },
     /// The number belongs to another machine, or to one that has left.
     Refused(String),
+    /// The caller has the log of another cluster.
+    OtherCluster,
 }
 
 /// What only a leader can do.
