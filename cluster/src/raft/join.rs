@@ -560,8 +560,8 @@ fn remedy(why: Refusal) -> String {
     let what_to_do = match why {
         Refusal::Retired => "a node that was removed comes back under a new number",
         _ => {
-            "give this machine a number that was never used, or restore its data_dir; \
-             if the other one is gone for good, remove it first"
+            "give this machine a number that was never used; \
+             if the other one is gone for good, remove it"
         }
     };
     format!("{why}; {what_to_do}, with an empty data_dir and a certificate for that number")
