@@ -14,6 +14,7 @@
 //!   (`caching.set_cookie`).
 //! - Errors are stored only with explicit freshness or `public`; 404 and 410 also
 //!   without, and 405, 414 and 501 with Last-Modified, for [`ERROR_TTL_S`].
+//! - A response with more than [`TAGS_MAX`] tags is not stored: each must purge it.
 //! - A targeted field is no licence to share an answer to credentials.
 
 mod structured;
@@ -25,12 +26,17 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName};
 use httpdate::parse_http_date;
+use pingora_slice_cluster::wire::HEAD_BYTES_MAX;
 
 use crate::config::{Caching, DefaultFreshness, Honoured, SetCookie};
 use crate::manifest::Freshness;
 
 /// Longest freshness of an error that states none, seconds.
 const ERROR_TTL_S: u64 = 10;
+/// Tags of an answer that is stored. Each is nine bytes of the manifest, 36 KiB
+/// in all, and one look-up for each purge that lands between two hits.
+const TAGS_MAX: usize = 4096;
+const _: () = assert!(TAGS_MAX * 9 <= HEAD_BYTES_MAX / 4);
 /// Longest age or lifetime (RFC 9111 section 1.2.2), seconds.
 const DELTA_MAX: u64 = 1 << 31;
 /// A Last-Modified this much older than Date is a strong validator (RFC 9110
@@ -268,6 +274,8 @@ pub enum NotStored {
     NoFreshness,
     /// An encoded body, where the bytes themselves were asked for.
     Encoded,
+    /// More tags than a manifest carries: a purge by one of them would miss it.
+    Tags,
 }
 
 impl NotStored {
@@ -282,8 +290,28 @@ impl NotStored {
             NotStored::Status => "status",
             NotStored::NoFreshness => "no-freshness",
             NotStored::Encoded => "encoded",
+            NotStored::Tags => "tags",
         }
     }
+}
+
+/// The tags of a response: `Cache-Tag` by commas, `Surrogate-Key` by spaces.
+/// All of them: a purge by any is a promise.
+pub fn tags(headers: &HeaderMap) -> Vec<String> {
+    let mut tags: Vec<String> = Vec::new();
+    for (name, separators) in [("cache-tag", [',', ' ']), ("surrogate-key", [' ', ','])] {
+        for line in headers.get_all(name) {
+            let line = String::from_utf8_lossy(line.as_bytes()).into_owned();
+            tags.extend(
+                line.split(separators)
+                    .filter(|tag| !tag.is_empty())
+                    .map(str::to_owned),
+            );
+        }
+    }
+    tags.sort();
+    tags.dedup();
+    tags
 }
 
 /// Site policy that the decisions need.
@@ -364,6 +392,9 @@ pub fn store(
     }
     if vary(response).is_none() {
         return Err(NotStored::VaryAny);
+    }
+    if tags(response).len() > TAGS_MAX {
+        return Err(NotStored::Tags);
     }
     if status < 200 || status == 304 || status == 416 {
         return Err(NotStored::Status);

@@ -576,6 +576,30 @@ async fn a_hard_purge_of_a_tag_that_is_gone_gives_up_the_old_slices() {
     }
 }
 
+/// No tag is left out: what has too many is not stored.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_tag_of_what_is_stored_purges_it() {
+    let cluster = TestCluster::alone().await;
+    let tags = |count: usize| (0..count).map(|n| format!("t{n:05} ")).collect::<String>();
+    let most = cluster.origin.publish("/most", 1000);
+    most.header("Surrogate-Key", &tags(4096));
+    let more = cluster.origin.publish("/more", 1000);
+    more.header("Surrogate-Key", &tags(4097));
+    for film in [&most, &more] {
+        cluster.read_from_every_node(film).await;
+        film.change();
+    }
+    cluster.read_from_every_node(&more).await;
+    let stored = cluster.node(1).get("/most").await.body;
+    assert!(stored == most.content_of(1).all(), "it was not stored");
+    let purged = cluster
+        .node(1)
+        .purge_with("/", &[("X-Purge-Tag", "t04095")])
+        .await;
+    assert_eq!(purged.status, 200, "{}", purged.json);
+    cluster.read_from_every_node(&most).await;
+}
+
 /// Stale answers are allowed for a while, and end when the origin has answered.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_soft_purge_every_node_asks_again() {

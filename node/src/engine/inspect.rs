@@ -337,6 +337,6 @@ fn explain_manifest(object: &Arc<Stored>, stored_in: &str) -> api::Manifest {
         etag: manifest.version.etag.clone(),
         last_modified: manifest.version.last_modified.clone(),
         vary: manifest.varies_by(),
-        tags: super::resolve::tags(&crate::manifest::to_map(&manifest.headers)),
+        tags: crate::freshness::tags(&crate::manifest::to_map(&manifest.headers)),
     }
 }

@@ -754,7 +754,7 @@ impl Engine {
         match judged {
             Ok(freshness) => {
                 manifest.freshness = freshness;
-                let tags = tags(&headers);
+                let tags = freshness::tags(&headers);
                 if let Some(key) = self.hash_key() {
                     manifest.subject =
                         Subject::new(&key, &request.url.host, &request.url.target, &tags);
@@ -986,7 +986,7 @@ impl Engine {
         stamp: PurgeIndex,
     ) -> Option<Manifest> {
         let hash_key = self.hash_key()?;
-        let tags = tags(&answer.headers);
+        let tags = freshness::tags(&answer.headers);
         let subject = Subject::new(&hash_key, &request.url.host, &request.url.target, &tags);
         // A hard purge that came after the request left says nothing of these bytes.
         version.hard = self.inner.cluster.hard_for_new(&subject).min(stamp);
@@ -1172,7 +1172,7 @@ pub(super) fn is_for_one(why: NotStored) -> bool {
         | NotStored::Authorized
         | NotStored::SetCookie
         | NotStored::VaryAny => true,
-        NotStored::Status | NotStored::NoFreshness | NotStored::Encoded => false,
+        NotStored::Status | NotStored::NoFreshness | NotStored::Encoded | NotStored::Tags => false,
     }
 }
 
@@ -1253,23 +1253,4 @@ pub(super) fn strong_date(headers: &HeaderMap, received_ms: u64) -> Option<Strin
     write_date(&mut dates, received_ms);
     let date = dates.get(LAST_MODIFIED)?.to_str().ok()?;
     freshness::has_strong_date(&dates).then(|| date.to_owned())
-}
-
-/// The tags of a response: `Cache-Tag` by commas, `Surrogate-Key` by spaces.
-/// All of them: a purge by any is a promise. A response head bounds their number.
-pub(super) fn tags(headers: &HeaderMap) -> Vec<String> {
-    let mut tags: Vec<String> = Vec::new();
-    for (name, separators) in [("cache-tag", [',', ' ']), ("surrogate-key", [' ', ','])] {
-        for line in headers.get_all(name) {
-            let line = String::from_utf8_lossy(line.as_bytes()).into_owned();
-            tags.extend(
-                line.split(separators)
-                    .filter(|tag| !tag.is_empty())
-                    .map(str::to_owned),
-            );
-        }
-    }
-    tags.sort();
-    tags.dedup();
-    tags
 }
