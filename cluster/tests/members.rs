@@ -70,14 +70,7 @@ impl Site {
 
     /// Starts a node whose process before may still be ending.
     async fn start(&self, node: usize) -> Cluster {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match Cluster::start(self.config(node)).await {
-                Ok(node) => return node,
-                Err(e) => assert!(Instant::now() < deadline, "{e}"),
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        start(self.config(node)).await
     }
 
     /// All nodes, once each may serve and sees all others.
@@ -93,6 +86,18 @@ impl Site {
         })
         .await;
         nodes
+    }
+}
+
+/// See [`Site::start`].
+async fn start(config: ClusterConfig) -> Cluster {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match Cluster::start(config.clone()).await {
+            Ok(node) => return node,
+            Err(e) => assert!(Instant::now() < deadline, "{e}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -491,7 +496,7 @@ async fn a_node_of_an_earlier_founding_gets_no_lease_and_is_not_counted() {
     purge_many(&voter, 30).await;
     voter.stop().await;
     drop(voter);
-    let voter = Cluster::start(emptied(1)).await.unwrap();
+    let voter = start(emptied(1)).await;
     until("the voter founds anew", || voter.may_serve()).await;
     let why = tokio::time::timeout(PATIENCE, edge.failed()).await;
     let why = why.expect("it goes on with a log that is no longer the cluster's");
@@ -502,7 +507,7 @@ async fn a_node_of_an_earlier_founding_gets_no_lease_and_is_not_counted() {
 
     edge.stop().await;
     drop(edge);
-    let edge = Cluster::start(emptied(2)).await.unwrap();
+    let edge = start(emptied(2)).await;
     tokio::select! {
         why = edge.failed() => panic!("{why}"),
         () = until("it joins with nothing of the old", || edge.may_serve()) => {}
@@ -532,7 +537,7 @@ async fn a_node_ahead_of_the_log_gets_no_lease_and_is_not_counted() {
         data_dir: copy,
         ..site.config(1)
     };
-    let voter = Cluster::start(turned_back).await.unwrap();
+    let voter = start(turned_back).await;
     until("the voter is back again", || voter.may_serve()).await;
     let why = tokio::time::timeout(PATIENCE, edge.failed()).await;
     let why = why.expect("it goes on with purges that the log does not hold");
