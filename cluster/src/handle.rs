@@ -30,6 +30,12 @@ const RECENT_PURGES_MAX: usize = 50;
 /// Longest that [`Cluster::stop`] takes.
 pub const STOP_MAX: Duration = raft::STOP_MAX;
 
+/// Longest that anything which needs the leader takes, with leases of `lease`: a
+/// purge may have to wait for one and a half, and a new leader to be found before.
+pub fn patience(lease: Duration) -> Duration {
+    Duration::from_secs(1) + 2 * lease
+}
+
 /// The `cluster:` section of the configuration, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClusterConfig {

@@ -23,10 +23,10 @@ use crate::{NodeId, PurgeIndex};
 /// once: what is not gone by now is a thread that stands still.
 const ENDING_MAX: Duration = Duration::from_millis(250);
 
-/// The same with this lease: well below half of it, after which this node would
-/// be let go (rule 13). A machine alone has none.
+/// The same with this lease: two purges in turn wait well below half of it, after
+/// which this node would be let go (rule 13). A machine alone has none.
 fn ending_max(lease: Option<Duration>) -> Duration {
-    lease.map_or(ENDING_MAX, |lease| ENDING_MAX.min(lease / 4))
+    lease.map_or(ENDING_MAX, |lease| ENDING_MAX.min(lease / 8))
 }
 
 /// See the module's text.

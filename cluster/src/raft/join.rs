@@ -26,11 +26,11 @@ use tokio::time::Instant;
 use super::Shared;
 use super::network::{Hello, Led, Request, Task, Welcome};
 use super::prevote::is_majority;
-use crate::NodeId;
 use crate::handle::StartError;
 use crate::members::{Member, NodeState, Role};
 use crate::peer::PeerError;
 use crate::state::{Command, Outcome, Refusal};
+use crate::{NodeId, PurgeIndex};
 
 /// How long a greeted node may take; it asks the leader meanwhile.
 const GREETING: Duration = Duration::from_secs(2);
@@ -150,8 +150,16 @@ impl Shared {
     }
 
     /// Why `leaving` cannot be removed now: those who vote and stay must be able
-    /// to decide without it, or nothing is ever decided again.
-    pub(super) async fn needed(&self, leaving: NodeId) -> Option<String> {
+    /// to decide without it, or nothing is ever decided again. Asked by the leader.
+    pub(super) async fn needed(&self, leaving: NodeId, patience: Duration) -> Option<Led> {
+        // An earlier removal may be in the log and not decided yet.
+        let end = self.raft.data_metrics().borrow().last_log;
+        let end = PurgeIndex(end.map_or(0, |log_id| log_id.index));
+        let mut progress = self.replica.progress();
+        let reached = progress.wait_for(|applied| *applied >= end);
+        if !matches!(tokio::time::timeout(patience, reached).await, Ok(Ok(_))) {
+            return Some(Led::Unknown("there is no quorum".into()));
+        }
         let voters = self.voting();
         let all: BTreeSet<u64> = voters.iter().flatten().copied().collect();
         let goes = |id: &u64| self.replica.state().is_retired(NodeId(*id));
@@ -160,15 +168,15 @@ impl Shared {
         }
         let mut up = self.answering(all).await;
         if !is_majority(&voters, &up) {
-            // Nothing is decided now, this neither.
-            return None;
+            // It would stay in the log, and be decided once they are back.
+            return Some(Led::Unknown("there is no quorum".into()));
         }
         up.retain(|id| *id != leaving.0 && !goes(id));
         (!is_majority(&voters, &up)).then(|| {
-            format!(
+            Led::Refused(format!(
                 "node {leaving} votes, and the other voters that answer ({up:?}) are too few to \
                  decide anything without it; first bring the rest back, or add a voter"
-            )
+            ))
         })
     }
 

@@ -39,9 +39,9 @@ use self::store::{LogStore, StateMachine, TypeConfig};
 use crate::data_dir::DataDir;
 use crate::handle::{
     ClusterConfig, ClusterStatus, NodeStatus, Observation, PurgeError, PurgeProgress, PurgeReceipt,
-    PurgeWait, StartError,
+    PurgeWait, StartError, patience,
 };
-use crate::lease::{Incarnation, Standing};
+use crate::lease::{Incarnation, Refusal, Standing};
 use crate::members::{Member, NodeState};
 use crate::peer::serve::MEMBER_REQUESTS_MAX;
 use crate::peer::{Body, CONTROL_BYTES_MAX, CONTROL_STREAMS, PeerHandler, Peers, SliceSource};
@@ -370,11 +370,8 @@ impl Shared {
         }
     }
 
-    /// Longest time for anything that needs the leader: a purge may have to
-    /// wait for a lease and a half, and a new leader to be found before.
     fn patience(&self) -> Duration {
-        let lease = self.replica.state().lease().unwrap_or(self.config.lease);
-        Duration::from_secs(1) + 2 * lease
+        patience(self.replica.state().lease().unwrap_or(self.config.lease))
     }
 
     /// Has the leader carry out `task`, again for as long as there is none, it
@@ -418,9 +415,9 @@ impl Shared {
             Task::Propose(Command::NodeLeave(id)) => {
                 let removing = self.removing.lock().await;
                 if self.is_leader()
-                    && let Some(reason) = self.needed(*id).await
+                    && let Some(not_now) = self.needed(*id, left).await
                 {
-                    return Led::Refused(reason);
+                    return not_now;
                 }
                 Some(removing)
             }
@@ -704,9 +701,12 @@ impl Shared {
                 cluster,
                 applied,
             } if process.node == from => {
-                // Its next renewal tells it what is wrong.
-                if self.shares_log(from, cluster, applied).await.is_ok() {
-                    self.leases.acknowledge(process, applied);
+                match self.shares_log(from, cluster, applied).await {
+                    Ok(()) => self.leases.acknowledge(process, applied),
+                    // Its next renewal tells it what is wrong.
+                    Err(Refusal::OtherCluster | Refusal::Ahead { .. }) => {}
+                    // It says so again in a moment.
+                    Err(not_now) => return Err(not_now.to_string()),
                 }
                 encode(&())
             }

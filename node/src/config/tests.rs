@@ -847,8 +847,8 @@ fn a_section_that_is_off_warns() {
 /// The command line waits for longer than a node tries.
 #[test]
 fn a_purge_under_the_longest_lease_is_waited_for() {
-    let tries = Duration::from_secs(1) + 2 * *rules::LEASE.end();
-    assert!(pingora_slice_client::LEADER_TIMEOUT > tries);
+    let longest = pingora_slice_cluster::handle::patience(*rules::LEASE.end());
+    assert!(pingora_slice_client::LEADER_TIMEOUT > longest);
 }
 
 fn shipped(name: &str) -> (PathBuf, String) {
