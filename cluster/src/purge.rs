@@ -132,6 +132,13 @@ impl Subject {
             tags: tags.iter().map(|tag| tag_hash(key, tag.as_ref())).collect(),
         }
     }
+
+    /// Adds the tags of `other`: bytes keep the names that they came under.
+    pub fn keep_tags_of(&mut self, other: &Subject) {
+        self.tags.extend(&other.tags);
+        self.tags.sort_unstable();
+        self.tags.dedup();
+    }
 }
 
 impl From<Scope> for Subject {

@@ -81,6 +81,9 @@ pub struct ResolveAsk {
     pub request: OriginRequest,
     /// The asker's floor for this object: an older answer is of no use to it.
     pub floor: PurgeIndex,
+    /// The hard purge that a generation begun now is named after: an owner that does
+    /// not know of it would give new bytes an old name.
+    pub hard: PurgeIndex,
     /// First byte that the client wants, as far as it is known before the
     /// length is: the fill starts with the slice that holds it.
     pub first_byte: u64,
@@ -101,6 +104,7 @@ impl ResolveAsk {
             key,
             request,
             floor: PurgeIndex::default(),
+            hard: PurgeIndex::default(),
             first_byte: 0,
             sliced: true,
             revalidate: false,

@@ -55,7 +55,7 @@ use crate::stitch::StitchLog;
 use changes::Changes;
 pub use fill::Fill;
 use noted::Noted;
-use resolve::{Resolves, ends_what_is_stored, is_for_one};
+use resolve::Resolves;
 use tags::OtherTags;
 use turns::{Turn, Turns};
 use whole::Wholes;
@@ -951,6 +951,7 @@ impl Engine {
             key: request.key,
             request: OriginRequest::clone(&request.origin),
             floor: self.floor(&subject).plain,
+            hard: self.inner.cluster.hard_for_new(&subject),
             first_byte: request.first_byte,
             sliced: request.sliced,
             revalidate: held.is_some_and(|h| h.verdict == Verdict::Use(Use::Validate))
@@ -1008,16 +1009,8 @@ impl Engine {
             } => {
                 let headers = manifest::to_map(&headers);
                 let why = self.why_not_stored(request, status, &headers);
-                if why.is_some_and(is_for_one) {
-                    self.inner
-                        .unshared
-                        .note(request.key, request.demands.authorized);
-                }
-                if let Some(held) = held
-                    && why.is_some()
-                    && ends_what_is_stored(status, why)
-                {
-                    self.forget_manifest(request.key, &held.object.manifest);
+                if why.is_some() {
+                    self.takes_away(request, status, why).await;
                 }
                 let length = headers
                     .get(http::header::CONTENT_LENGTH)
@@ -1031,13 +1024,7 @@ impl Engine {
                     body: RelayBody::Peer(body?),
                 })))
             }
-            Answer::Uncacheable => {
-                // Nor is what this node holds, which the owner would have had.
-                if let (Some(held), false) = (held, stored_only || request.demands.authorized) {
-                    self.forget_manifest(request.key, &held.object.manifest);
-                }
-                Some(Resolved::Pass("uncacheable"))
-            }
+            Answer::Uncacheable => Some(Resolved::Pass("uncacheable")),
             // It reached the origin, and has had its tries.
             Answer::Failed { status } => Some(Resolved::Failed {
                 status,
@@ -1195,9 +1182,15 @@ impl Engine {
         self.purge_all_of(&known).await;
     }
 
+    /// Whether this node holds something under a key: a variant, or a stale one,
+    /// counts, and what a disk that hangs may hold.
+    async fn may_be_stored(&self, key: ObjectKey) -> bool {
+        self.record(key.0).await.is_some() || self.inner.l2.as_ref().is_some_and(L2::hangs)
+    }
+
     /// Whether this node or the manifest's owner holds something under a URL.
     async fn is_stored_anywhere(&self, key: ObjectKey, url: &Url) -> bool {
-        if self.record(key.0).await.is_some() {
+        if self.may_be_stored(key).await {
             return true;
         }
         let request = OriginRequest {

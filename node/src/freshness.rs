@@ -35,7 +35,7 @@ use crate::manifest::Freshness;
 const ERROR_TTL_S: u64 = 10;
 /// Tags of an answer that is stored. Each is nine bytes of the manifest, 36 KiB
 /// in all, and one look-up for each purge that lands between two hits.
-const TAGS_MAX: usize = 4096;
+pub const TAGS_MAX: usize = 4096;
 const _: () = assert!(TAGS_MAX * 9 <= HEAD_BYTES_MAX / 4);
 /// Longest age or lifetime (RFC 9111 section 1.2.2), seconds.
 const DELTA_MAX: u64 = 1 << 31;

@@ -576,6 +576,33 @@ async fn a_hard_purge_of_a_tag_that_is_gone_gives_up_the_old_slices() {
     }
 }
 
+/// The same where it is a validation that was under way which no longer names it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hard_purge_of_a_tag_is_not_undone_by_a_304_without_it() {
+    let cluster = TestCluster::start(3).await;
+    let film = cluster.origin.publish("/film", 3 * SLICE_BYTES);
+    film.header("Cache-Tag", "release-41");
+    cluster.read_from_every_node(&film).await;
+    film.header("Cache-Tag", "release-42");
+    film.once(Fault::Delay(Duration::from_secs(1)));
+    let seen = film.seen().len();
+    let ask = Ask::get("/film").header("Cache-Control", "no-cache");
+    let address = cluster.node(1).address();
+    let validated = tokio::spawn(async move { ask.send(address).await });
+    film.until("a validation", |all| all.len() > seen).await;
+    let hard = [("X-Purge-Tag", "release-41"), ("X-Purge-Mode", "hard")];
+    let purged = cluster.node(2).purge_with("/", &hard).await;
+    assert_eq!(purged.status, 200, "{}", purged.json);
+    assert!(!film.seen()[seen].ended, "it is over already");
+    // Its own answer may be cut, as it began before the purge.
+    let _ = validated.await.unwrap();
+    assert_eq!(film.seen()[seen].status, 304);
+    cluster.read_from_every_node(&film).await;
+    // The old slices are of no use, whatever the origin says of them.
+    let fetches = film.fetches_per_slice();
+    assert!(fetches.iter().all(|count| *count == 2), "{fetches:?}");
+}
+
 /// No tag is left out: what has too many is not stored.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_tag_of_what_is_stored_purges_it() {

@@ -104,17 +104,17 @@ impl Engine {
             return (answer_with(found), None);
         }
         if ask.stored_only {
-            // Something may be here all the same: a variant, or a stale one.
-            let nothing = self.record(request.key.0).await.is_none();
-            let answer = if nothing {
-                Answer::Missing
-            } else {
-                Answer::Uncacheable
+            let answer = match self.may_be_stored(request.key).await {
+                true => Answer::Uncacheable,
+                false => Answer::Missing,
             };
             return (answer, None);
         }
         if self.inner.uncacheable.has(&request) {
             return (Answer::Uncacheable, None);
+        }
+        if !self.inner.cluster.reached(ask.hard, CATCH_UP).await {
+            return (Answer::Behind, None);
         }
         match self.resolve_at_origin(&request, held, ask.gone, true).await {
             Resolved::Object(found) => (answer_with(found), None),
@@ -238,6 +238,7 @@ impl Engine {
             Some(Err(FillError::Changed)) => (Answer::Changed, None),
             Some(Err(FillError::NoMemory | FillError::Damaged)) => (Answer::Busy, None),
             // Somebody else was refused: its asker may not be.
+            Some(Err(FillError::AnotherRefused)) => (Answer::Busy, None),
             Some(Err(FillError::Refused { .. })) if !started => (Answer::Busy, None),
             Some(Err(FillError::Failed { status, .. } | FillError::Refused { status })) => {
                 (Answer::Failed { status }, None)

@@ -27,7 +27,7 @@ use super::{
     holds_what_is_wanted,
 };
 use crate::config::OriginProbe;
-use crate::freshness::{self, Demands, NotStored, Use, unix_ms};
+use crate::freshness::{self, Demands, NotStored, TAGS_MAX, Use, unix_ms};
 use crate::l1::Kept;
 use crate::manifest::{self, Freshness, Manifest, Stored, Url};
 use crate::origin::{self, OriginAnswer, OriginError, Wanted};
@@ -95,9 +95,9 @@ pub(super) struct Resolve {
 }
 
 impl Resolve {
-    /// Whether the origin no longer has a version that other nodes may still
-    /// answer from unasked. Of one that is served while it is validated they hear
-    /// from its owner, as long as that has another.
+    /// Whether other nodes must be told: they may still answer from `old` unasked.
+    /// Those that serve it stale ask its owner first, and hear of a new version
+    /// there, but not that there is none to keep.
     fn replaces(&self, outcome: &Outcome, old: &Stored) -> bool {
         let old = &old.manifest;
         let staleness = old.freshness.staleness(unix_ms(SystemTime::now()));
@@ -741,37 +741,37 @@ impl Engine {
         if let Some(Ok(etag)) = manifest.version.etag.as_ref().map(|etag| etag.parse()) {
             headers.insert(ETAG, etag);
         }
-        // Whoever asks: what is stored was no answer to these credentials.
-        let demands = Demands {
-            authorized: false,
-            ..request.demands.clone()
-        };
-        let judged = self.store(&demands, manifest.status, &headers, &answer);
+        let judged = self.store(&request.demands, manifest.status, &headers, &answer);
         headers.remove(http::header::AGE);
         write_date(&mut headers, answer.received_ms);
         manifest.headers = manifest::to_headers(&headers);
         manifest.stamp = stamp;
+        if let Some(key) = self.hash_key() {
+            let tags = freshness::tags(&headers);
+            let mut subject = Subject::new(&key, &request.url.host, &request.url.target, &tags);
+            // A purge of a tag that it had before may be on its way to this node (G2).
+            subject.keep_tags_of(&manifest.subject);
+            manifest.subject = subject;
+        }
         match judged {
-            Ok(freshness) => {
+            Ok(freshness) if manifest.subject.tags.len() <= TAGS_MAX => {
                 manifest.freshness = freshness;
-                let tags = freshness::tags(&headers);
-                if let Some(key) = self.hash_key() {
-                    manifest.subject =
-                        Subject::new(&key, &request.url.host, &request.url.target, &tags);
-                }
                 Outcome::Object(
                     self.keep_for_asker(request.key, manifest),
                     Resolution::Revalidated,
                 )
             }
-            Err(_) => {
+            _ => {
                 // No longer to be kept; it still answers this request.
                 manifest.freshness = Freshness {
                     no_cache: true,
                     lifetime: 0,
                     ..manifest.freshness
                 };
-                self.forget_manifest(request.key, &manifest);
+                // What credentials bring says nothing of what others get.
+                if !request.demands.authorized {
+                    self.forget_manifest(request.key, &manifest);
+                }
                 Outcome::Object(Arc::new(Stored::new(manifest)), Resolution::Revalidated)
             }
         }
@@ -906,19 +906,32 @@ impl Engine {
         flight: &Resolve,
     ) {
         tracing::debug!(url = %request.url, why = why.map_or("too-large", NotStored::as_str), "not stored");
+        if self.takes_away(request, status, why).await {
+            flight.took_away.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// What follows here from an answer that is not stored; whether what was stored
+    /// is gone.
+    pub(super) async fn takes_away(
+        &self,
+        request: &Request,
+        status: u16,
+        why: Option<NotStored>,
+    ) -> bool {
         if why.is_some_and(is_for_one) {
             let authorized = request.demands.authorized;
             self.inner.unshared.note(request.key, authorized);
         }
         if !ends_what_is_stored(status, why) {
-            return;
+            return false;
         }
-        flight.took_away.store(true, Ordering::Relaxed);
         let stored = self.lookup(request.key, &request.url, || &request.origin.headers);
         if let Some(object) = stored.await {
             self.forget_manifest(request.key, &object.manifest);
         }
         self.forget_record(request.key.0);
+        true
     }
 
     pub(super) fn relay(&self, mut answer: OriginAnswer, flight: &Arc<Resolve>) -> Outcome {
@@ -1160,12 +1173,12 @@ fn wants_range(request: &Request) -> bool {
 /// Whether an answer that is not stored shows that what is stored is not what the
 /// origin has for others: not where it may be about the one client that asked
 /// (RFC 9111 section 4.3.3), and not where the origin fails.
-pub(super) fn ends_what_is_stored(status: u16, why: Option<NotStored>) -> bool {
+fn ends_what_is_stored(status: u16, why: Option<NotStored>) -> bool {
     why != Some(NotStored::Authorized) && (status < 400 || matches!(status, 404 | 410))
 }
 
 /// Whether an answer is not stored because it is for one client, or for one request.
-pub(super) fn is_for_one(why: NotStored) -> bool {
+fn is_for_one(why: NotStored) -> bool {
     match why {
         NotStored::NoStore
         | NotStored::Private

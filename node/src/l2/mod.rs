@@ -142,6 +142,11 @@ impl L2 {
         self.store.load().as_ref().is_some_and(|l2| l2.has(id))
     }
 
+    /// Whether the disk hangs: what is not found may be there all the same.
+    pub fn hangs(&self) -> bool {
+        self.store.load().as_ref().is_some_and(|l2| l2.hangs())
+    }
+
     /// Bytes `start..end` of a slice: reads and verifies only the pages touched.
     pub async fn slice_range(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
         self.store.load_full()?.slice_range(id, start, end).await

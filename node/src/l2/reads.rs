@@ -40,7 +40,30 @@ struct Hanging {
     given_up: AtomicU64,
 }
 
+/// How a read is begun.
+#[derive(PartialEq, Eq)]
+enum Turn {
+    /// As far as is known the disk answers.
+    Usual,
+    /// To see whether it answers again.
+    Probe,
+}
+
 impl Hanging {
+    /// Whether a read may begin now; one that probes is the only one for `quiet`.
+    fn turn(&self, quiet: Duration) -> Option<Turn> {
+        if !self.is_any() {
+            return Some(Turn::Usual);
+        }
+        let now = Instant::now();
+        let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        if until.is_some_and(|until| now < until) {
+            return None;
+        }
+        *until = Some(now + quiet);
+        Some(Turn::Probe)
+    }
+
     fn is_left_alone(&self) -> bool {
         let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
         self.is_any() && until.is_some_and(|until| Instant::now() < until)
@@ -72,9 +95,7 @@ impl Reads {
         &self,
         read: impl FnOnce() -> Option<T> + Send + 'static,
     ) -> Option<T> {
-        if self.shared.is_left_alone() {
-            return None;
-        }
+        let turn = self.shared.turn(self.within + self.left_alone)?;
         let place = loop {
             let place = self.places.clone().acquire_owned();
             match tokio::time::timeout(self.within, place).await {
@@ -87,21 +108,21 @@ impl Reads {
             }
         };
         // Who waited for a place may have it from a read that hung.
-        if self.shared.is_left_alone() {
+        if turn == Turn::Usual && self.shared.is_left_alone() {
             return None;
         }
-        // Whoever is second to say so, the asker that it gives up or the read
-        // that it has ended, knows of the other.
-        let is_over = Arc::new(Mutex::new(false));
+        // Set by whichever comes first, the asker that gives up or the read's end;
+        // the second one counts.
+        let one_has_left = Arc::new(Mutex::new(false));
         let reading = tokio::task::spawn_blocking({
-            let (is_over, shared) = (is_over.clone(), self.shared.clone());
+            let (one_has_left, shared) = (one_has_left.clone(), self.shared.clone());
             move || {
                 let found = read();
-                let mut is_over = is_over.lock().unwrap_or_else(PoisonError::into_inner);
-                if *is_over && shared.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+                let mut one_has_left = one_has_left.lock().unwrap_or_else(PoisonError::into_inner);
+                if *one_has_left && shared.count.fetch_sub(1, Ordering::AcqRel) == 1 {
                     info!("the disk answers reads again");
                 }
-                *is_over = true;
+                *one_has_left = true;
                 drop(place);
                 found
             }
@@ -109,9 +130,9 @@ impl Reads {
         match tokio::time::timeout(self.within, reading).await {
             Ok(found) => found.ok()?,
             Err(_) => {
-                let mut is_over = is_over.lock().unwrap_or_else(PoisonError::into_inner);
-                if !*is_over {
-                    *is_over = true;
+                let mut one_has_left = one_has_left.lock().unwrap_or_else(PoisonError::into_inner);
+                if !*one_has_left {
+                    *one_has_left = true;
                     if self.shared.count.fetch_add(1, Ordering::AcqRel) == 0 {
                         warn!("a read from disk hangs: the disk store is not read for a while");
                     }
@@ -120,6 +141,11 @@ impl Reads {
                 None
             }
         }
+    }
+
+    /// Whether the disk hangs: what is there cannot be told.
+    pub(super) fn hang(&self) -> bool {
+        self.shared.is_any()
     }
 
     /// Reads that were given up since start.
@@ -167,6 +193,17 @@ mod tests {
         mend.send(()).unwrap();
         until_none_hangs(&reads).await;
         assert_eq!(reads.run(|| Some(2)).await, Some(2));
+    }
+
+    #[tokio::test]
+    async fn one_read_at_a_time_sees_whether_it_answers() {
+        let reads = Reads::new(3, SOON, Duration::ZERO);
+        let ((first, read), (second, probe)) = (hung(), hung());
+        assert_eq!(reads.run(read).await, None);
+        let others = reads.run(|| -> Option<u32> { panic!("read") });
+        assert_eq!(tokio::join!(reads.run(probe), others), (None, None));
+        assert_eq!(reads.given_up(), 2, "the other did not wait");
+        drop((first, second));
     }
 
     #[tokio::test]

@@ -270,6 +270,10 @@ impl Store {
             || self.shared.pending().slices.contains_key(id)
     }
 
+    pub(super) fn hangs(&self) -> bool {
+        self.reads.hang()
+    }
+
     /// Bytes `start..end` of a slice: reads and verifies only the steps touched.
     pub(super) async fn slice_range(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
         if let Some(slice) = self.pending_parts(&id) {
