@@ -48,6 +48,9 @@ pub enum FillError {
         /// The origin's own, 3xx or 4xx.
         status: u16,
     },
+    /// The same, where whoever waits is another client: it may ask for itself.
+    #[error("the origin refuses the client that began it")]
+    AnotherRefused,
     /// The memory budget is spent, and stayed so: another node may have room.
     #[error("no memory for it came free in time")]
     NoMemory,
@@ -64,6 +67,7 @@ impl FillError {
             FillError::Changed
             | FillError::Failed { .. }
             | FillError::Refused { .. }
+            | FillError::AnotherRefused
             | FillError::Damaged => "fill-failed",
         }
     }
@@ -73,7 +77,18 @@ impl FillError {
         match self {
             FillError::Failed { status, .. } => *status,
             FillError::NoMemory => 503,
-            FillError::Changed | FillError::Refused { .. } | FillError::Damaged => 502,
+            FillError::Changed
+            | FillError::Refused { .. }
+            | FillError::AnotherRefused
+            | FillError::Damaged => 502,
+        }
+    }
+
+    /// What it is to those who did not begin the fill.
+    pub fn for_others(self) -> FillError {
+        match self {
+            FillError::Refused { .. } => FillError::AnotherRefused,
+            error => error,
         }
     }
 }

@@ -395,7 +395,9 @@ impl Front {
             Some(Ok(bytes)) => Some(bytes),
             None => None,
             Some(Err(FillError::Changed)) => return Ok(Answered::Changed),
-            Some(Err(FillError::Refused { .. })) => return Ok(Answered::Refused),
+            Some(Err(FillError::Refused { .. } | FillError::AnotherRefused)) => {
+                return Ok(Answered::Refused);
+            }
             Some(Err(error)) => return Ok(Answered::Failed(error)),
         };
         self.begin(session, ctx, head, false, &found.informational)

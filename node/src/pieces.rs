@@ -367,7 +367,7 @@ fn may_be_had_again(error: &FillError, reader: &SliceReader) -> bool {
         // Whoever waited for memory in vain has waited long enough.
         FillError::NoMemory => false,
         FillError::Failed { .. } | FillError::Refused { .. } => reader.is_joined(),
-        FillError::Damaged => true,
+        FillError::AnotherRefused | FillError::Damaged => true,
     }
 }
 

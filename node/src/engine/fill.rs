@@ -377,11 +377,15 @@ impl Engine {
     /// The origin's bytes, through this node's own fill: shared with peers
     /// that ask this node for the same slice.
     async fn from_own_fill(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
-        let (own, _) = self.origin_fill(fill, flight.permit());
+        let (own, started) = self.origin_fill(fill, flight.permit());
         let mut reader = own.read(flight.bytes()..flight.range.end);
         flight.note_source(Source::Origin);
         while let Some(part) = flight.coming(reader.next()).await {
-            flight.land_among(part?);
+            let part = match started {
+                true => part?,
+                false => part.map_err(FillError::for_others)?,
+            };
+            flight.land_among(part);
         }
         Ok(())
     }

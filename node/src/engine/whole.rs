@@ -304,7 +304,7 @@ impl Engine {
             left
         };
         for flight in left {
-            flight.finish(outcome.clone());
+            flight.finish(outcome.clone().map_err(FillError::for_others));
             self.inner.fills.remove(&flight);
         }
     }
@@ -664,10 +664,13 @@ enum Ended {
     GivenUp,
 }
 
-/// Whether it was the origin that ended a body too early: not our memory, and not
-/// our patience with readers.
+/// Whether it was the origin that ended a body too early: not our memory, our
+/// patience with readers, or the client that it was asked for.
 fn is_origins_failure(ended: &Result<Ended, FillError>) -> bool {
-    !matches!(ended, Ok(_) | Err(FillError::NoMemory))
+    !matches!(
+        ended,
+        Ok(_) | Err(FillError::NoMemory | FillError::Refused { .. })
+    )
 }
 
 /// Whether a body's slices are kept.
@@ -869,6 +872,7 @@ mod tests {
             Ok(Ended::Whole),
             Ok(Ended::GivenUp),
             Err(FillError::NoMemory),
+            Err(FillError::Refused { status: 401 }),
         ] {
             assert!(!is_origins_failure(&ours));
         }

@@ -319,7 +319,9 @@ impl Front {
             }
             // The long way finds another version.
             Some(Err(FillError::Changed)) => return Ok(Given::Gone),
-            Some(Err(FillError::Refused { .. })) => return Ok(Given::Refused),
+            Some(Err(FillError::Refused { .. } | FillError::AnotherRefused)) => {
+                return Ok(Given::Refused);
+            }
             Some(Err(FillError::Damaged)) | None => return Ok(Given::No),
         };
         begin();
