@@ -143,7 +143,7 @@ metrics! {
     l2_writes_dropped_total: IntCounter;
     /// Entries on disk found damaged, dropped and fetched again. Worry when it grows at all: the disk loses data.
     l2_damaged_total: IntCounter;
-    /// Slices on disk that were read since they were written, and written again when their region was taken for others.
+    /// Slices on disk that were asked for since they were written, and written again when their region was taken for others.
     l2_rewritten_total: IntCounter;
     /// 0 while the disk store is configured and cannot be written, else 1. Worry at 0: the disk is full, unreadable or gone.
     l2_writable: Gauge;
@@ -357,10 +357,15 @@ impl Metrics {
         self.lease_valid.set(f64::from(gauges.lease_valid));
         // Addresses that the origin's name has no longer leave the page.
         self.upstream_up.reset();
-        for (address, up) in &gauges.upstreams_up {
+        let mut up = BTreeMap::new();
+        for (address, is_up) in &gauges.upstreams_up {
+            // Two names at one address: up where both are.
+            *up.entry(address).or_insert(true) &= is_up;
+        }
+        for (address, is_up) in up {
             self.upstream_up
                 .with_label_values(&[&address.to_string()])
-                .set(f64::from(*up));
+                .set(f64::from(is_up));
         }
         // So do nodes that have left the cluster.
         self.node_up.reset();

@@ -26,7 +26,7 @@ use pingora_slice_cluster::wire::{Informational, OriginRequest};
 use tokio_util::sync::CancellationToken;
 
 pub use self::backends::ADDRESSES_MAX;
-use self::backends::Backends;
+use self::backends::{Backend, Backends, DOWN_TRIED_MAX};
 use crate::config::{OriginTimeouts, Upstream};
 use crate::freshness::unix_ms;
 use crate::manifest::to_headers;
@@ -204,7 +204,12 @@ impl Origin {
         wanted: &Wanted,
     ) -> Result<OriginAnswer, OriginError> {
         let mut last = OriginError::Unreachable("no upstream".into());
+        let mut down = 0;
         for backend in self.inner.backends.in_turn().await? {
+            down += usize::from(backend.is_down());
+            if down > DOWN_TRIED_MAX {
+                break;
+            }
             match self.get_from(backend.peer(), request, wanted).await {
                 Ok(answer) => return Ok(answer),
                 Err((error, connected)) => {
@@ -237,7 +242,9 @@ impl Origin {
         if let Some(peer) = tried.last() {
             backends.mark_down(peer);
         }
-        backends.all().iter().any(|b| !b.is_among(tried))
+        let may_be_tried = |b: &Backend| !b.is_down() || tried.len() < DOWN_TRIED_MAX;
+        let left = backends.all();
+        left.iter().any(|b| !b.is_among(tried) && may_be_tried(b))
     }
 
     /// The Host that the origin sees for a client's `host`.

@@ -6,9 +6,11 @@
 //! wire, and has no switch against that. A date has one length whatever it says
 //! (29 bytes), so it is put back in the bytes of the head as they leave.
 //!
-//! Pingora reads a head of up to 1 MiB; more than [`HEAD_BYTES_MAX`] it does not get
-//! here, and the client gets 431 (RFC 6585 section 5). Not here: HTTP/2, whose heads are compressed; there Date is the present time,
-//! and Age, which is right in both, tells the rest.
+//! A head longer than [`HEAD_BYTES_MAX`] is answered 431 here (RFC 6585 section 5);
+//! Pingora itself would read 1 MiB.
+//!
+//! Not here: HTTP/2. Its heads are compressed, so Date is the present time; Age,
+//! which is right in both, tells the rest.
 
 use std::cell::Cell;
 use std::io;

@@ -134,9 +134,10 @@ fn issue_missing(dir: &Path, nodes: u64, hand_out: Option<&Path>) -> Result<()> 
             fs::create_dir_all(&own)?;
             let (cert, key) = (format!("{name}.pem"), format!("{name}.key"));
             for file in ["ca.pem", &cert, &key] {
-                let to = own.join(file);
-                if !to.exists() {
-                    fs::copy(dir.join(file), &to)
+                let (from, to) = (dir.join(file), own.join(file));
+                // A renewed one takes the place of the one before.
+                if fs::read(&to).ok() != Some(fs::read(&from)?) {
+                    fs::copy(&from, &to)
                         .with_context(|| format!("{} cannot be written", to.display()))?;
                 }
             }
@@ -753,6 +754,13 @@ mod tests {
         names.sort();
         assert_eq!(names, ["ca.pem", "node2.key", "node2.pem"]);
         let key = |dir: &Path| fs::read(dir.join("node2.key")).unwrap();
+        assert_eq!(key(&authority), key(&nodes.join("2")));
+        // Renewed by taking it away.
+        let before = key(&authority);
+        fs::remove_file(authority.join("node2.pem")).unwrap();
+        fs::remove_file(authority.join("node2.key")).unwrap();
+        issue_missing(&authority, 2, Some(&nodes)).unwrap();
+        assert_ne!(key(&authority), before);
         assert_eq!(key(&authority), key(&nodes.join("2")));
     }
 

@@ -34,6 +34,10 @@ const RESOLVED_FOR: Duration = Duration::from_secs(30);
 /// request that finds them all dead.
 pub const ADDRESSES_MAX: usize = 16;
 
+/// Of those that are down so many are tried by one request: each may take the
+/// whole time that a connection may.
+pub const DOWN_TRIED_MAX: usize = 2;
+
 /// One address of the origin.
 #[derive(Debug)]
 pub struct Backend {
@@ -54,7 +58,8 @@ impl Backend {
         peers.iter().any(|peer| peer.reuse_hash() == own)
     }
 
-    fn is_down(&self) -> bool {
+    /// Whether it could not be connected to when that was last tried.
+    pub fn is_down(&self) -> bool {
         self.down.load(Ordering::Relaxed)
     }
 }
