@@ -19,7 +19,6 @@ use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use rand::Rng;
 use tokio::sync::watch;
 
-use super::fill::is_pinned;
 use super::part::{OpenRange, Part};
 use super::tags::NewTags;
 use super::{
@@ -818,7 +817,9 @@ impl Engine {
             }
         };
         let version = self.version(&answer, Some(total), false);
-        let pinned = is_pinned(&version);
+        // A date that was too new when it came may be of two versions (RFC 9110 section 8.8.2.2).
+        let pinned = version.strong_etag().is_some()
+            || strong_date(&answer.headers, answer.received_ms).is_some();
         // One slice is tied to no other.
         let tied = match pinned && !covers_all {
             true => probe.is_tied(&version, answer.received_ms),
