@@ -164,9 +164,8 @@ async fn slices_on_disk_are_given_from_there_and_fetched_again_when_damaged() {
     assert!(film.fetches() as f64 > slices * 1.5);
 }
 
-/// A body that brings something else holds up nobody who wants what is here.
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_on_disk_does_not_wait_for_a_body_under_way() {
+/// A node that has a film on disk, its first slice damaged, of an origin without ranges.
+async fn with_a_damaged_first_slice() -> (TestCluster, Film) {
     let mut cluster = TestCluster::alone().await;
     let film = cluster.origin.publish("/film", 8 * MIB);
     film.always(Fault::IgnoreRange);
@@ -175,6 +174,13 @@ async fn what_is_on_disk_does_not_wait_for_a_body_under_way() {
     cluster.node_mut(1).terminate().await;
     spoil_first_slice(&cluster.node(1).l2_dir());
     cluster.node_mut(1).restart().await;
+    (cluster, film)
+}
+
+/// A body that brings something else holds up nobody who wants what is here.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_on_disk_does_not_wait_for_a_body_under_way() {
+    let (cluster, film) = with_a_damaged_first_slice().await;
     film.behave().always(Fault::StallAfter(1000));
     let node = cluster.node(1);
     let stalled = node.read_range(&film, 0, MIB);
@@ -192,14 +198,7 @@ async fn what_is_on_disk_does_not_wait_for_a_body_under_way() {
 /// Nor does a body that has come to what is here, for a slice before it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_begun_for_a_damaged_slice_holds_up_nobody_after_it() {
-    let mut cluster = TestCluster::alone().await;
-    let film = cluster.origin.publish("/film", 8 * MIB);
-    film.always(Fault::IgnoreRange);
-    cluster.node(1).read(&film).await;
-    until_on_disk(&cluster, &film).await;
-    cluster.node_mut(1).terminate().await;
-    spoil_first_slice(&cluster.node(1).l2_dir());
-    cluster.node_mut(1).restart().await;
+    let (cluster, film) = with_a_damaged_first_slice().await;
     let before = film.fetches();
     let mut gate = film.hold_at(SLICE_BYTES + 1000);
     let node = cluster.node(1);
