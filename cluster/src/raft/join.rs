@@ -241,8 +241,9 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner) = unanswered;
         if self.is_fresh().await {
             self.found(&waiting).await;
-        } else if self.replica.view().members.is_empty() || waiting.is_empty() {
-            // With no seed to ask, a member in the quorum asks for itself.
+        } else if self.is_leader() || self.replica.view().members.is_empty() || waiting.is_empty() {
+            // With no seed to ask, a member in the quorum asks for itself; and the leader
+            // always: those who wait may be waiting for it, whom no member vouches for.
             self.admit(self.myself()).await;
         }
         Ok(())
