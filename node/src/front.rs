@@ -648,17 +648,12 @@ impl Front {
         self.metrics.passthrough_requests_total.inc();
         self.metrics.count_response("PASS", Some(head.status));
         let end = !is_get || !has_body || relay.length == Some(0);
-        let mut body = relay.body;
-        if relay.status == 204 || (relay.length == Some(0) && relay.status != 205) {
-            // There is nothing to wait for, and after its end the connection to the
-            // origin can be used again, if it be for this client's next request.
-            let _ = body.next().await;
-        }
         self.begin(session, ctx, head, end, &relay.informational)
             .await?;
         if end {
             return Ok(());
         }
+        let mut body = relay.body;
         let mut pace = Pace::new(self.engine.config().client_timeouts);
         loop {
             let mut coming = std::pin::pin!(body.next());

@@ -321,7 +321,9 @@ async fn a_newer_answer_in_slices_that_is_not_stored_takes_the_older_away() {
 /// A 304 has no body: its connection is good for the next request at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn validations_keep_their_connection() {
-    let cluster = TestCluster::alone().await;
+    // On one thread: on several, Pingora now and then does not get at a connection
+    // that is put away at that moment (`reused_stream`).
+    let cluster = Options::alone().set("threads", 1).start().await;
     let film = cluster.origin.publish("/film", 1000);
     cluster.node(1).read(&film).await;
     film.until("the end", |seen| seen[0].ended).await;
@@ -334,16 +336,21 @@ async fn validations_keep_their_connection() {
     // The one from before may be at rest still when the first needs one.
     let made = cluster.origin.connections() - before;
     assert!(made <= 1, "{made} connections for 20 validations");
-    // The same for what is passed on and is empty, though the answer may be there
-    // before the connection is at rest: not a connection each.
-    let film = cluster.origin.publish("/empty", 0);
-    film.header("Cache-Control", "no-store");
-    film.always(Fault::IgnoreRange);
+    // The same for what is relayed and is empty. Of another object each time: who
+    // comes while the answer to the one before is being put away is passed on by
+    // connections of another pool.
+    let empty: Vec<_> = (0..20)
+        .map(|n| cluster.origin.publish(&format!("/empty{n}"), 0))
+        .collect();
+    for film in &empty {
+        film.header("Cache-Control", "no-store");
+        film.always(Fault::IgnoreRange);
+    }
     let before = cluster.origin.connections();
-    for _ in 0..20 {
-        let reply = cluster.node(1).get("/empty").await;
+    for film in &empty {
+        let reply = cluster.node(1).get(film.path()).await;
         assert_eq!((reply.status, reply.header("x-cache")), (200, "PASS"));
     }
     let made = cluster.origin.connections() - before;
-    assert!(made < 15, "{made} connections for 20 empty answers");
+    assert!(made <= 1, "{made} connections for 20 empty answers");
 }

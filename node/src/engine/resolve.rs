@@ -641,8 +641,9 @@ impl Engine {
         mut answer: OriginAnswer,
         flight: &Arc<Resolve>,
     ) -> Act {
-        if answer.status == 304 {
-            // It has no body: after its end the connection can be used again.
+        let is_empty = answer.length == Some(0) && answer.status != 205;
+        if is_empty || matches!(answer.status, 204 | 304) {
+            // There is nothing to wait for: after its end the connection can be used again.
             let _ = answer.body.next().await;
         }
         match answer.status {
