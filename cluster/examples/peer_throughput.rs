@@ -125,6 +125,7 @@ async fn read(asker: &Peers, bytes: usize) -> Result<()> {
         version: Version {
             etag: None,
             last_modified: None,
+            exact_date: false,
             length: None,
             slice_bytes: SLICE_BYTES as u32,
             whole: false,

@@ -144,6 +144,10 @@ pub struct Version {
     pub etag: Option<String>,
     /// Last-Modified as received.
     pub last_modified: Option<String>,
+    /// Whether that date names these bytes and no others: it was a second older
+    /// than the answer that brought them (RFC 9110 section 8.8.2.2). The later
+    /// Date of a 304 makes it no stronger.
+    pub exact_date: bool,
     /// Total length in bytes; unknown while a whole body is still arriving.
     pub length: Option<u64>,
     /// Slice size of this generation.
@@ -160,6 +164,17 @@ impl Version {
     /// RFC 9110 section 8.8.3, counts: the origin gives it and compares it.
     pub fn strong_etag(&self) -> Option<&str> {
         self.etag.as_deref().filter(|tag| !tag.starts_with("W/"))
+    }
+
+    /// Whether the validators tell these bytes from any other version's, so that one
+    /// answer can be put together with the next.
+    pub fn is_pinned(&self) -> bool {
+        self.strong_etag().is_some() || self.exact_last_modified().is_some()
+    }
+
+    /// Last-Modified, where it names the bytes.
+    pub fn exact_last_modified(&self) -> Option<&str> {
+        self.last_modified.as_deref().filter(|_| self.exact_date)
     }
 
     /// The strong entity tag, where it is well-formed: only that ties the bytes

@@ -184,6 +184,7 @@ fn ask(index: u32, length: usize) -> Ask {
         version: Version {
             etag: None,
             last_modified: None,
+            exact_date: false,
             length: None,
             slice_bytes: 1 << 20,
             whole: false,

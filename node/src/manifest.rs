@@ -63,9 +63,6 @@ pub struct Manifest {
     pub generation: Generation,
     /// What pins a fill to that version.
     pub version: Version,
-    /// Whether Last-Modified names these bytes and no others, as of when they
-    /// came: the later Date of a 304 makes it no stronger.
-    pub exact_date: bool,
     /// The slice that came with the manifest; it lives with the manifest's
     /// owner, so that nobody asks the origin for it again.
     pub probe: u32,
@@ -334,6 +331,7 @@ mod tests {
         let version = Version {
             etag: None,
             last_modified: None,
+            exact_date: false,
             length: Some(5),
             slice_bytes: 1024,
             whole: true,

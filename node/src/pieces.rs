@@ -158,10 +158,8 @@ impl<'a> Pieces<'a> {
     /// there is memory: both cost more to have again than to hold.
     pub(crate) fn let_go(&mut self, metrics: &Metrics) {
         let version = &self.found.object.manifest.version;
-        if version.strong_etag().is_none() && version.last_modified.is_none()
-            || version.whole && !self.engine.budget().is_tight()
-            || self.opened.is_empty()
-        {
+        let is_dear = version.whole && !self.engine.budget().is_tight();
+        if !version.is_pinned() || is_dear || self.opened.is_empty() {
             return;
         }
         metrics.answers_stalled_total.inc();

@@ -315,8 +315,8 @@ fn if_range_holds(request: &HeaderMap, manifest: &Manifest) -> bool {
             .header("etag")
             .is_some_and(|etag| strongly_equal(value, etag));
     }
-    let stored = manifest.header("last-modified").and_then(http_date);
-    manifest.exact_date && stored.is_some() && stored == http_date(value)
+    let stored = manifest.version.exact_last_modified().and_then(http_date);
+    stored.is_some() && stored == http_date(value)
 }
 
 #[cfg(test)]

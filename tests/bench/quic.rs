@@ -273,6 +273,7 @@ async fn read_ours(asker: Arc<Peers>, bytes: usize) -> Result<()> {
         version: Version {
             etag: None,
             last_modified: None,
+            exact_date: false,
             length: None,
             slice_bytes: MIB as u32,
             whole: false,

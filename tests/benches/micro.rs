@@ -30,6 +30,7 @@ fn version() -> Version {
     Version {
         etag: Some("\"5f3e-12345\"".into()),
         last_modified: Some("Sat, 21 Nov 2026 10:00:00 GMT".into()),
+        exact_date: true,
         length: Some(1 << 30),
         slice_bytes: MIB as u32,
         whole: false,
@@ -54,7 +55,6 @@ fn manifest() -> Manifest {
         ],
         generation: Generation(1),
         version: version(),
-        exact_date: false,
         probe: 0,
         stamp: PurgeIndex(1),
         subject: Subject::new(&HASH_KEY, HOST_NAME, TARGET, &[] as &[&str]),

@@ -899,14 +899,8 @@ pub(super) fn if_range(version: &Version) -> Vec<(HeaderName, String)> {
 }
 
 fn if_range_date(version: &Version) -> Vec<(HeaderName, String)> {
-    let date = version.last_modified.iter();
-    date.map(|date| (IF_RANGE, date.clone())).collect()
-}
-
-/// Whether a version's validators tell its bytes from those of any other, so
-/// that one answer can be put together with the next.
-pub(super) fn is_pinned(version: &Version) -> bool {
-    version.strong_etag().is_some() || version.last_modified.is_some()
+    let date = version.exact_last_modified().into_iter();
+    date.map(|date| (IF_RANGE, date.to_owned())).collect()
 }
 
 /// Whether an answer's validators are those of `version`: the strong entity
@@ -922,9 +916,8 @@ pub(super) fn same_version(version: &Version, answer: &OriginAnswer) -> bool {
         (Some(ours), Some(theirs)) => !weakly_equal(ours, theirs),
         _ => false,
     };
-    version.last_modified.is_some()
-        && text(LAST_MODIFIED) == version.last_modified.as_deref()
-        && !tags_differ
+    let date = version.exact_last_modified();
+    date.is_some() && text(LAST_MODIFIED) == date && !tags_differ
 }
 
 /// Whether nothing but the entity tag tells an answer from the version.

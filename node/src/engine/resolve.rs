@@ -733,9 +733,6 @@ impl Engine {
         // A 304 without Date is dated on arrival.
         headers.remove(DATE);
         update(&mut headers, &answer.headers);
-        let before = manifest.header(LAST_MODIFIED.as_str());
-        let after = headers.get(LAST_MODIFIED).map(|date| date.as_bytes());
-        manifest.exact_date &= before.map(str::as_bytes) == after;
         // The bytes keep the name that they came under: a tag that is strong now
         // may not have been so for them.
         if let Some(Ok(etag)) = manifest.version.etag.as_ref().map(|etag| etag.parse()) {
@@ -818,9 +815,7 @@ impl Engine {
             }
         };
         let version = self.version(&answer, Some(total), false);
-        // A date that was too new when it came may be of two versions (RFC 9110 section 8.8.2.2).
-        let pinned = version.strong_etag().is_some()
-            || strong_date(&answer.headers, answer.received_ms).is_some();
+        let pinned = version.is_pinned();
         // One slice is tied to no other.
         let tied = match pinned && !covers_all {
             true => probe.is_tied(&version, answer.received_ms),
@@ -979,6 +974,7 @@ impl Engine {
         Version {
             etag: text(ETAG),
             last_modified: text(LAST_MODIFIED),
+            exact_date: strong_date(&answer.headers, answer.received_ms).is_some(),
             length,
             slice_bytes: self.inner.config.slice_bytes,
             whole,
@@ -1005,10 +1001,9 @@ impl Engine {
         let subject = Subject::new(&hash_key, &request.url.host, &request.url.target, &tags);
         // A hard purge that came after the request left says nothing of these bytes.
         version.hard = self.inner.cluster.hard_for_new(&subject).min(stamp);
-        let exact_date = strong_date(&answer.headers, answer.received_ms).is_some();
         let has_strong_validator = match &version.etag {
             Some(_) => version.quoted_etag().is_some(),
-            None => exact_date,
+            None => version.exact_date,
         };
         let strong = status == 200 && has_strong_validator;
         let mut by = freshness::vary(&answer.headers)?;
@@ -1034,7 +1029,6 @@ impl Engine {
             ),
             headers: manifest::to_headers(&headers),
             version,
-            exact_date,
             probe,
             stamp,
             subject,

@@ -133,6 +133,7 @@ mod tests {
         Version {
             etag: Some(format!("\"{tag}\"")),
             last_modified: None,
+            exact_date: false,
             length: Some(length),
             slice_bytes: 1024,
             whole: false,
@@ -167,6 +168,7 @@ mod tests {
         let date = Some("Fri, 20 Nov 2026 17:39:37 GMT".to_owned());
         let dated = Version {
             last_modified: date,
+            exact_date: true,
             ..version("new", 5)
         };
         assert!(!is_but(&dated, Duration::ZERO));

@@ -17,7 +17,7 @@ use pingora_slice_cluster::wire::{OriginRequest, Part};
 use pingora_slice_cluster::{Generation, ObjectKey, SliceId};
 use tokio::sync::watch;
 
-use super::fill::{Retry, if_range, is_pinned, refusal, same_version};
+use super::fill::{Retry, if_range, refusal, same_version};
 use super::resolve::back_off;
 use super::{Engine, Fill, Request};
 use crate::flight::{FillError, Flight, Source};
@@ -622,7 +622,7 @@ impl Engine {
 /// Whether a body's slices stay on the list for readers close behind: it
 /// cannot be asked for again.
 fn is_held(fill: &Fill) -> bool {
-    !is_pinned(&fill.version)
+    !fill.version.is_pinned()
 }
 
 /// Ends a body whose cutting panics, and lets go of those who wait for it.

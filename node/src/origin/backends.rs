@@ -7,9 +7,8 @@
 //! down. What is down is asked last, and not refused: a try may be wrong.
 //! Not here: what is said over a connection (`origin`).
 //!
-//! pingora-load-balancing is not used: its checks alone decide there what is
-//! healthy, so that a request that cannot connect could not say so, and what is
-//! unhealthy is never selected.
+//! By hand and not by pingora-load-balancing: a request that cannot connect has to
+//! say so at once, and what is down has to be asked still, last.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -74,12 +74,12 @@ fn manifest(length: u64) -> Manifest {
             version: Version {
                 etag: None,
                 last_modified: None,
+                exact_date: false,
                 length: None,
                 slice_bytes: 1 << 20,
                 whole: false,
                 hard: PurgeIndex::default(),
             },
-            exact_date: false,
             probe: 0,
             stamp: PurgeIndex::default(),
             subject: Subject::new(&HashKey([0; 16]), "films.test", "/", &[] as &[&str]),
