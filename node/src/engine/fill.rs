@@ -12,9 +12,10 @@ use pingora_slice_cluster::slice::{Touched, slice_range};
 use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Part, SliceAsk, Version};
 use pingora_slice_cluster::{NodeId, ObjectKey, PurgeIndex, SliceId};
 
+use super::Engine;
+use super::owners::PATIENCE;
 use super::resolve::{back_off, strong_date};
 use super::tags::OtherTags;
-use super::{Engine, PATIENCE};
 use crate::budget::Permit;
 use crate::flight::{FillError, Flight, SliceReader, Source};
 use crate::manifest::{Manifest, Url};

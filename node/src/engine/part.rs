@@ -16,7 +16,8 @@ use http::header::CONTENT_ENCODING;
 use pingora_slice_cluster::Generation;
 use pingora_slice_cluster::wire::{Informational, Resolution};
 
-use super::resolve::{Act, Outcome, Probe, Resolve, update};
+use super::resolve::{Act, Probe, update};
+use super::together::{Outcome, Resolve};
 use super::{Engine, Forwarded, Relay, RelayBody, Request};
 use crate::budget::Budget;
 use crate::freshness::unix_ms;

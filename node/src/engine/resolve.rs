@@ -1,33 +1,25 @@
-//! One request for everybody who waits, to a manifest's owners or to the
-//! origin; and what the origin's answer means.
+//! Which manifest does the origin give, and what does its answer mean?
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use http::header::{
     ACCEPT_ENCODING, ACCEPT_RANGES, CONTENT_ENCODING, DATE, ETAG, HeaderMap, IF_MODIFIED_SINCE,
     IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED,
 };
-use pingora_slice_cluster::purge::{Subject, joinable};
+use pingora_slice_cluster::purge::Subject;
 use pingora_slice_cluster::slice::{slice_at, slice_range};
-use pingora_slice_cluster::wire::{
-    Ask, Informational, OriginRequest, Resolution, ResolveAsk, Version,
-};
+use pingora_slice_cluster::wire::{Informational, Resolution, Version};
 use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use rand::Rng;
-use tokio::sync::watch;
 
 use super::part::{OpenRange, Part};
 use super::tags::NewTags;
-use super::{
-    Engine, Failure, Fill, Forwarded, Found, Held, Relay, RelayBody, Request, Resolved, Verdict,
-    holds_what_is_wanted,
-};
+use super::together::{Outcome, Resolve};
+use super::{Engine, Failure, Fill, Forwarded, Relay, RelayBody, Request, holds_what_is_wanted};
 use crate::config::OriginProbe;
-use crate::freshness::{self, Demands, NotStored, TAGS_MAX, Use, unix_ms};
-use crate::l1::Kept;
+use crate::freshness::{self, Demands, NotStored, TAGS_MAX, unix_ms};
 use crate::manifest::{self, Freshness, Manifest, Stored, Url};
 use crate::origin::{self, OriginAnswer, OriginError, Wanted};
 use crate::plan;
@@ -37,12 +29,6 @@ use crate::stitch::Fault;
 const BACK_OFF: Duration = Duration::from_millis(50);
 /// Longest pause.
 const BACK_OFF_MAX: Duration = Duration::from_secs(2);
-/// How long other nodes may take to hear that a version was replaced.
-const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
-/// Flights that one request joins in vain before it goes alone: the first may
-/// tell that the object varies, the next is for its own variant.
-const JOINS_MAX: usize = 3;
-
 /// The pause before try number `attempt` (from 1), with equal jitter.
 pub(super) fn back_off(attempt: u32) -> Duration {
     let full = BACK_OFF
@@ -51,404 +37,9 @@ pub(super) fn back_off(attempt: u32) -> Duration {
     full.mul_f64(rand::rng().random_range(0.5..1.0))
 }
 
-/// Whom a resolve asks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Asked {
-    Owners,
-    Origin,
-}
-
-/// The resolves under way, by the key under which a manifest will be kept, as
-/// far as it is known that the object varies, and whether credentials are sent:
-/// what those bring is rarely for others. Those that ask other nodes are
-/// apart, so that answering a peer never waits on one (invariant 3).
-#[derive(Default)]
-pub(super) struct Resolves {
-    at_owners: Mutex<HashMap<(u128, bool), Arc<Resolve>>>,
-    at_origin: Mutex<HashMap<(u128, bool), Arc<Resolve>>>,
-}
-
-impl Resolves {
-    fn of(&self, asked: Asked) -> &Mutex<HashMap<(u128, bool), Arc<Resolve>>> {
-        match asked {
-            Asked::Owners => &self.at_owners,
-            Asked::Origin => &self.at_origin,
-        }
-    }
-}
-
-/// One request for a manifest, and those who wait for it.
-pub(super) struct Resolve {
-    /// Purge index applied before it began (rule 1).
-    pub(super) stamp: PurgeIndex,
-    pub(super) gone: Option<Generation>,
-    outcome: watch::Sender<Option<Outcome>>,
-    /// The origin's answer where it may not be shared: for whoever started it.
-    pub(super) relay: Mutex<Option<Relay>>,
-    /// What the origin said before its answer: for whoever started it.
-    informational: Mutex<Informational>,
-    /// The owner had it from somebody else's request: for whoever started it.
-    collapsed: AtomicBool,
-    /// Its answer is not stored, and took away what was.
-    took_away: AtomicBool,
-}
-
-impl Resolve {
-    /// Whether other nodes must be told: they may still answer from `old` unasked.
-    /// Those that serve it stale ask its owner first, and hear of a new version
-    /// there, but not that there is none to keep.
-    fn replaces(&self, outcome: &Outcome, old: &Stored) -> bool {
-        let old = &old.manifest;
-        let staleness = old.freshness.staleness(unix_ms(SystemTime::now()));
-        if self.took_away.load(Ordering::Relaxed) {
-            return staleness <= old.freshness.stale_while_revalidate;
-        }
-        let other = match outcome {
-            Outcome::Object(object, Resolution::Miss) => {
-                object.manifest.generation != old.generation
-            }
-            _ => false,
-        };
-        other && old.freshness.is_fresh(unix_ms(SystemTime::now()))
-    }
-
-    fn note_informational(&self, informational: Informational) {
-        *self.informational.lock().expect("no panic while held") = informational;
-    }
-
-    fn take_informational(&self) -> Informational {
-        std::mem::take(&mut *self.informational.lock().expect("no panic while held"))
-    }
-
-    fn put_relay(&self, relay: Relay) {
-        *self.relay.lock().expect("no panic while held") = Some(relay);
-    }
-
-    fn take_relay(&self) -> Option<Relay> {
-        self.relay.lock().expect("no panic while held").take()
-    }
-
-    /// What the owners' answer is for everybody; what is for the starter alone
-    /// is put aside.
-    fn outcome_of(&self, answer: Option<Resolved>) -> Outcome {
-        match answer {
-            Some(Resolved::Object(found)) => {
-                self.note_informational(found.informational);
-                self.collapsed.store(found.collapsed, Ordering::Relaxed);
-                Outcome::Object(found.object, found.resolution)
-            }
-            Some(Resolved::Relay(mut relay)) => {
-                self.note_informational(std::mem::take(&mut relay.informational));
-                self.put_relay(*relay);
-                Outcome::Relay
-            }
-            Some(Resolved::Pass(_)) => Outcome::Uncacheable,
-            Some(Resolved::Failed { status, reason }) => Outcome::Failed { status, reason },
-            None => Outcome::NoOwner,
-        }
-    }
-
-    /// Whether it is under way, or has brought what others may have too.
-    fn may_be_shared(&self) -> bool {
-        matches!(
-            *self.outcome.borrow(),
-            None | Some(Outcome::Object(..) | Outcome::Failed { .. })
-        )
-    }
-}
-
-/// Ends a resolve when it is dropped, which a panic does too.
-struct Ending<'a> {
-    engine: &'a Engine,
-    asked: Asked,
-    at: (u128, bool),
-    flight: &'a Arc<Resolve>,
-    outcome: Outcome,
-}
-
-impl Drop for Ending<'_> {
-    fn drop(&mut self) {
-        // Off the list first: whoever comes now must not get an answer from before.
-        if let Ok(mut map) = self.engine.inner.resolves.of(self.asked).lock()
-            && let Some(listed) = map.get(&self.at)
-            && Arc::ptr_eq(listed, self.flight)
-        {
-            map.remove(&self.at);
-        }
-        let outcome = Some(self.outcome.clone());
-        self.flight.outcome.send_replace(outcome);
-    }
-}
-
-#[derive(Clone)]
-pub(super) enum Outcome {
-    Object(Arc<Stored>, Resolution),
-    /// The starter takes the relay; the others are on their own.
-    Relay,
-    Uncacheable,
-    Failed {
-        status: u16,
-        reason: Failure,
-    },
-    /// No owner was of use.
-    NoOwner,
-}
-
-/// Why those who asked together have no answer from it.
-enum Apart {
-    /// No owner was of use.
-    NoOwner,
-    /// Too many ask for too many variants.
-    Contended,
-}
-
 impl Engine {
-    /// Asks the manifest's owners, together with everybody on this node who asks
-    /// them for the same now: however many clients wait for a cold object, they
-    /// take one seat at its owner. `None`: no owner is of use, go on. Only with a
-    /// lease, which joining needs.
-    ///
-    /// A request with demands of its own goes alone: the others need not wait
-    /// for what it wants, and what is good enough for them need not be for it.
-    pub(super) async fn resolve_at_owners(
-        &self,
-        request: &Request,
-        held: Option<&Held>,
-        gone: Option<Generation>,
-    ) -> Option<Resolved> {
-        if self.owners(request.key, 0).first() == Some(&self.me()) {
-            return None;
-        }
-        if request.demands != Demands::default() {
-            return self.ask_owners(request, held, gone).await;
-        }
-        let together = self.resolve_together(Asked::Owners, request, &None, gone, true);
-        match together.await {
-            Ok(resolved) => Some(resolved),
-            Err(Apart::NoOwner) => None,
-            Err(Apart::Contended) => self.ask_owners(request, held, gone).await,
-        }
-    }
-
-    /// Asks the origin, together with everybody who asks for the same now. A
-    /// node without a lease does not know today's floors, so its requests may
-    /// not join a flight that began before they arrived (rules 5 and 6).
-    pub(super) async fn resolve_at_origin(
-        &self,
-        request: &Request,
-        held: Option<Held>,
-        gone: Option<Generation>,
-        may_join: bool,
-    ) -> Resolved {
-        self.resolve_together(Asked::Origin, request, &held, gone, may_join)
-            .await
-            .unwrap_or(Resolved::Pass("contended"))
-    }
-
-    async fn resolve_together(
-        &self,
-        asked: Asked,
-        request: &Request,
-        held: &Option<Held>,
-        gone: Option<Generation>,
-        may_join: bool,
-    ) -> Result<Resolved, Apart> {
-        let mut unfit = None;
-        for _ in 0..JOINS_MAX {
-            let joined = self.join(asked, request, held, gone, may_join, unfit.as_ref());
-            let (flight, started) = match joined {
-                Ok(joined) => joined,
-                Err(why) => return Ok(Resolved::Pass(why)),
-            };
-            let mut news = flight.outcome.subscribe();
-            let outcome = match news.wait_for(Option::is_some).await {
-                Ok(outcome) => outcome.clone(),
-                Err(_) => None,
-            };
-            let resolved = match outcome {
-                Some(Outcome::Object(object, resolution)) => {
-                    // Tags and variant are known only now (rule 6); and what an
-                    // owner had stored needs a lease, after the wait (rule 7).
-                    let fits = started
-                        || (self.serves(&object, resolution, request, gone)
-                            && (asked == Asked::Origin || self.inner.cluster.may_serve()));
-                    if !fits {
-                        unfit = Some(flight);
-                        continue;
-                    }
-                    let object = match self.for_all(&object.manifest) {
-                        Some(manifest) if !started => Arc::new(Stored::new(manifest)),
-                        _ => object,
-                    };
-                    Resolved::Object(Found {
-                        object,
-                        resolution,
-                        collapsed: !started || flight.collapsed.load(Ordering::Relaxed),
-                        forwarded: Forwarded::default(),
-                        informational: match started {
-                            true => flight.take_informational(),
-                            false => Informational::new(),
-                        },
-                    })
-                }
-                Some(Outcome::Relay) if started => match flight.take_relay() {
-                    Some(mut relay) => {
-                        relay.informational = flight.take_informational();
-                        Resolved::Relay(Box::new(relay))
-                    }
-                    None => Resolved::Pass("uncacheable"),
-                },
-                Some(Outcome::Relay | Outcome::Uncacheable) => Resolved::Pass("uncacheable"),
-                Some(Outcome::Failed { status, reason }) => Resolved::Failed { status, reason },
-                Some(Outcome::NoOwner) => return Err(Apart::NoOwner),
-                None => Resolved::Failed {
-                    status: 502,
-                    reason: Failure::Internal,
-                },
-            };
-            return Ok(resolved);
-        }
-        Err(Apart::Contended)
-    }
-
-    /// Whether what a flight brought answers a request that joined it.
-    fn serves(
-        &self,
-        object: &Arc<Stored>,
-        resolution: Resolution,
-        request: &Request,
-        gone: Option<Generation>,
-    ) -> bool {
-        let manifest = &object.manifest;
-        manifest.selects(&request.origin.headers)
-            && self.judge(object, request, gone) != Verdict::Unusable
-            && (resolution == Resolution::Stale || self.is_joinable(object))
-    }
-
-    /// The flight to wait for, started if there is none that may be joined
-    /// (rule 6); or why the request is passed on instead.
-    fn join(
-        &self,
-        asked: Asked,
-        request: &Request,
-        held: &Option<Held>,
-        gone: Option<Generation>,
-        may_join: bool,
-        unfit: Option<&Arc<Resolve>>,
-    ) -> Result<(Arc<Resolve>, bool), &'static str> {
-        let hash_key = self.hash_key().ok_or("not-ready")?;
-        let subject = Subject::new(
-            &hash_key,
-            &request.url.host,
-            &request.url.target,
-            &[] as &[&str],
-        );
-        let at = match self.inner.l1.record(request.key.0) {
-            Some(Kept::Varies(varies)) => {
-                let variant = manifest::variant_of(&varies.1, &request.origin.headers);
-                manifest::variant_key(&hash_key, request.key, &variant)
-            }
-            _ => request.key.0,
-        };
-        let at = (at, request.demands.authorized);
-        let under_way = self.inner.resolves.of(asked);
-        let mut map = under_way.lock().expect("no panic while held");
-        if may_join
-            && let Some(flight) = map.get(&at)
-            && unfit.is_none_or(|unfit| !Arc::ptr_eq(unfit, flight))
-            && flight.may_be_shared()
-            && joinable(flight.stamp, self.floor(&subject))
-            && (gone.is_none() || flight.gone == gone)
-        {
-            // Its answer will not be for us either, most likely; if it is for all, it
-            // is stored, and everybody after it has it.
-            if self.inner.unshared.has(request) {
-                return Err("uncacheable");
-            }
-            return Ok((flight.clone(), false));
-        }
-        let flight = Arc::new(Resolve {
-            stamp: self.inner.cluster.applied(),
-            gone,
-            outcome: watch::Sender::new(None),
-            relay: Mutex::new(None),
-            informational: Mutex::default(),
-            collapsed: AtomicBool::new(false),
-            took_away: AtomicBool::new(false),
-        });
-        map.insert(at, flight.clone());
-        drop(map);
-
-        let (engine, request, begun) = (self.clone(), request.clone(), flight.clone());
-        let held = held.as_ref().map(|h| h.object.clone());
-        self.inner.runtime.spawn(async move {
-            let mut end = Ending {
-                engine: &engine,
-                asked,
-                at,
-                flight: &begun,
-                outcome: Outcome::Failed {
-                    status: 502,
-                    reason: Failure::Internal,
-                },
-            };
-            // The flight before ours may have landed after we missed.
-            end.outcome = match engine.landed_meanwhile(&request, gone).await {
-                Some(object) => Outcome::Object(object, Resolution::Hit),
-                None if asked == Asked::Owners => {
-                    let answer = engine.ask_owners(&request, None, gone).await;
-                    begun.outcome_of(answer)
-                }
-                None => {
-                    let outcome = engine.ask_origin(&request, held.clone(), &begun).await;
-                    engine.count(&outcome);
-                    if let Some(old) = held.filter(|old| begun.replaces(&outcome, old)) {
-                        engine
-                            .tell_replaced(&request, old.manifest.generation)
-                            .await;
-                    }
-                    outcome
-                }
-            };
-            if matches!(end.outcome, Outcome::Object(..)) {
-                engine.inner.unshared.forget(&request);
-            }
-        });
-        Ok((flight, true))
-    }
-
-    /// A client's demand has found out that a fresh version is no longer what the
-    /// origin has. The nodes that hold it forget it before the client's answer,
-    /// so that whoever asks next, anywhere, gets what this client got. One that
-    /// does not hear of it in time goes on until its copy is stale or purged:
-    /// no client was promised more (that is what PURGE is for).
-    async fn tell_replaced(&self, request: &Request, generation: Generation) {
-        let view = self.inner.cluster.view();
-        let ask = Ask::Resolve(ResolveAsk {
-            sliced: request.sliced,
-            gone: Some(generation),
-            ..ResolveAsk::what_is_stored(request.key, OriginRequest::clone(&request.origin))
-        });
-        let others = view.members.keys().filter(|id| **id != view.me);
-        let told = others.map(|id| self.inner.cluster.ask(*id, &ask, REPLACED_HEARD_WITHIN));
-        futures::future::join_all(told).await;
-    }
-
-    /// A manifest that can be used as it is, though there was none a moment ago.
-    async fn landed_meanwhile(
-        &self,
-        request: &Request,
-        gone: Option<Generation>,
-    ) -> Option<Arc<Stored>> {
-        if !self.inner.cluster.may_serve() {
-            return None;
-        }
-        let held = self.held(request, gone).await?;
-        (held.verdict == Verdict::Use(Use::Fresh)).then_some(held.object)
-    }
-
     /// Asks until there is an answer to act on, and acts on it.
-    async fn ask_origin(
+    pub(super) async fn ask_origin(
         &self,
         request: &Request,
         held: Option<Arc<Stored>>,
@@ -540,7 +131,7 @@ impl Engine {
 
     /// Counts a request to the origin with all of its tries. One that brings a new
     /// object is counted as the fill that it is.
-    fn count(&self, outcome: &Outcome) {
+    pub(super) fn count(&self, outcome: &Outcome) {
         let metrics = &self.inner.metrics;
         match outcome {
             Outcome::Object(_, Resolution::Miss) => return,

@@ -1,0 +1,219 @@
+//! Versions that the origin has replaced: forgotten on all nodes, whoever found
+//! it out.
+
+use std::time::Duration;
+
+use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
+use pingora_slice_cluster::purge::{PurgeItem, PurgeMode, Scope, Subject};
+use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, ResolveAsk};
+use pingora_slice_cluster::{Generation, ObjectKey};
+use tokio::sync::watch;
+
+use super::{Engine, Fill, Request};
+use crate::l2::L2;
+use crate::manifest::Url;
+use crate::purge::normalise_host;
+
+/// How long other nodes may take to hear that a version was replaced.
+const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
+
+impl Engine {
+    /// A client's demand has found out that a fresh version is no longer what the
+    /// origin has. The nodes that hold it forget it before the client's answer,
+    /// so that whoever asks next, anywhere, gets what this client got. One that
+    /// does not hear of it in time goes on until its copy is stale or purged:
+    /// no client was promised more (that is what PURGE is for).
+    pub(super) async fn tell_replaced(&self, request: &Request, generation: Generation) {
+        let view = self.inner.cluster.view();
+        let ask = Ask::Resolve(ResolveAsk {
+            sliced: request.sliced,
+            gone: Some(generation),
+            ..ResolveAsk::what_is_stored(request.key, OriginRequest::clone(&request.origin))
+        });
+        let others = view.members.keys().filter(|id| **id != view.me);
+        let told = others.map(|id| self.inner.cluster.ask(*id, &ask, REPLACED_HEARD_WITHIN));
+        futures::future::join_all(told).await;
+    }
+
+    /// After an unsafe method succeeded (RFC 9111 section 4.4): its URL, and
+    /// those of the same host that the answer names, have changed. Returns
+    /// when no node answers from before any more, or none can promise it.
+    pub async fn purge_changed(&self, url: &Url, response: &HeaderMap) {
+        let mut urls = vec![url.clone()];
+        for name in [LOCATION, CONTENT_LOCATION] {
+            let Some(value) = response.get(name).and_then(|v| v.to_str().ok()) else {
+                continue;
+            };
+            let target = reference(url, value).map(|t| self.inner.config.caching.query.apply(t));
+            urls.extend(target.map(|target| Url {
+                host: url.host.clone(),
+                target,
+            }));
+        }
+        let mut known = Vec::new();
+        for url in urls {
+            if let Some(key) = self.hash_key()
+                && self
+                    .is_stored_anywhere(key.object(&url.host, &url.target), &url)
+                    .await
+            {
+                known.push(url);
+            }
+        }
+        self.purge_all_of(&known).await;
+    }
+
+    /// Whether this node holds something under a key: a variant, or a stale one,
+    /// counts, and what a disk that hangs may hold.
+    pub(super) async fn may_be_stored(&self, key: ObjectKey) -> bool {
+        self.record(key.0).await.is_some() || self.inner.l2.as_ref().is_some_and(L2::hangs)
+    }
+
+    /// Whether this node or the manifest's owner holds something under a URL.
+    pub(super) async fn is_stored_anywhere(&self, key: ObjectKey, url: &Url) -> bool {
+        if self.may_be_stored(key).await {
+            return true;
+        }
+        let request = OriginRequest {
+            host: url.host.clone(),
+            target: url.target.clone(),
+            headers: Vec::new(),
+        };
+        let ask = Ask::Resolve(ResolveAsk::what_is_stored(key, request));
+        match self.owners(key, 0).first() {
+            Some(owner) if *owner != self.me() => {
+                !matches!(self.ask(*owner, &ask).await, Ok((Answer::Missing, _)))
+            }
+            _ => false,
+        }
+    }
+
+    /// Forgets a version everywhere: the origin has another, and answers from
+    /// the old one would end short. Once, however many slices found it out.
+    /// Returns when it is forgotten, so that whoever was cut off may ask again;
+    /// at the latest after a second, should a node not answer.
+    pub(super) async fn announce_change(&self, fill: &Fill) {
+        const ANNOUNCED_WITHIN: Duration = Duration::from_secs(1);
+        let Some(hash_key) = self.hash_key() else {
+            return;
+        };
+        let url = fill.url();
+        let subject = Subject::new(&hash_key, &url.host, &url.target, &[] as &[&str]);
+        if self.floor(&subject).plain > fill.stamp {
+            return;
+        }
+        let mut announced = self.announcement(fill.slice.generation, url);
+        // An error says that the other end is gone: it is done.
+        let _ = tokio::time::timeout(ANNOUNCED_WITHIN, announced.changed()).await;
+    }
+
+    /// The announcement of a version's end, begun if need be.
+    pub(super) fn announcement(&self, generation: Generation, url: Url) -> watch::Receiver<()> {
+        let mut ending = self.inner.ending.lock().expect("no panic while held");
+        if let Some(announced) = ending.get(&generation) {
+            return announced.clone();
+        }
+        let (done, announced) = watch::channel(());
+        ending.insert(generation, announced.clone());
+        let engine = self.clone();
+        self.inner.runtime.spawn(async move {
+            engine.purge_all_of(&[url]).await;
+            let mut ending = engine.inner.ending.lock().expect("no panic while held");
+            ending.remove(&generation);
+            drop(done);
+        });
+        announced
+    }
+
+    /// Whether a version's end is being announced: it is of no use already.
+    pub(super) fn is_ending(&self, generation: Generation) -> bool {
+        let ending = self.inner.ending.lock().expect("no panic while held");
+        ending.contains_key(&generation)
+    }
+
+    /// Purges on all nodes what has changed at the origin.
+    pub(super) async fn purge_all_of(&self, urls: &[Url]) {
+        let (Some(first), Some(key)) = (urls.first(), self.hash_key()) else {
+            return;
+        };
+        let items: Vec<PurgeItem> = urls
+            .iter()
+            .map(|url| PurgeItem {
+                scope: Scope::url(&key, &url.host, &url.target),
+                mode: PurgeMode::Plain,
+            })
+            .collect();
+        let count = items.len();
+        if let Err(error) = self.inner.cluster.purge(items, rand::random()).await {
+            tracing::warn!(url = %first, count, %error, "what has changed was not purged");
+        }
+    }
+}
+
+/// The path and query that a reference in an answer about `url` names, where it
+/// is on the same host (RFC 3986 section 5.2).
+fn reference(url: &Url, value: &str) -> Option<String> {
+    let value = value.split('#').next().unwrap_or_default();
+    let authority = match value.split_once("://") {
+        Some((scheme, rest)) if scheme.bytes().all(|b| b.is_ascii_alphanumeric()) => Some(rest),
+        _ => value.strip_prefix("//"),
+    };
+    if let Some(rest) = authority {
+        let (host, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+        let slash = if path.starts_with('/') { "" } else { "/" };
+        return (normalise_host(host) == url.host).then(|| format!("{slash}{path}"));
+    }
+    let base = url.target.split('?').next().unwrap_or_default();
+    Some(match value.chars().next() {
+        None => url.target.clone(),
+        Some('/') => value.to_owned(),
+        Some('?') => format!("{base}{value}"),
+        Some(_) => {
+            let (path, query) = value.split_at(value.find('?').unwrap_or(value.len()));
+            let folder = base.rsplit_once('/').map_or("", |(folder, _)| folder);
+            let mut segments: Vec<&str> = folder.split('/').skip(1).collect();
+            for segment in path.split('/') {
+                match segment {
+                    "." => {}
+                    ".." => drop(segments.pop()),
+                    segment => segments.push(segment),
+                }
+            }
+            if path.ends_with("/.") || path.ends_with("..") || path == "." {
+                segments.push("");
+            }
+            format!("/{}{query}", segments.join("/"))
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_are_resolved_against_the_url() {
+        let url = Url {
+            host: "films.test".into(),
+            target: "/a/b/form?x=1".into(),
+        };
+        for (value, target) in [
+            ("", Some("/a/b/form?x=1")),
+            ("/c", Some("/c")),
+            ("?y", Some("/a/b/form?y")),
+            ("c?y", Some("/a/b/c?y")),
+            ("./c", Some("/a/b/c")),
+            ("../c", Some("/a/c")),
+            ("../../../c", Some("/c")),
+            ("..", Some("/a/")),
+            ("c/d#part", Some("/a/b/c/d")),
+            ("http://Films.test/c", Some("/c")),
+            ("HTTPS://films.test:443", Some("/")),
+            ("//films.test/c", Some("/c")),
+            ("http://elsewhere.test/c", None),
+            ("//elsewhere.test/c", None),
+        ] {
+            assert_eq!(reference(&url, value).as_deref(), target, "{value:?}");
+        }
+    }
+}
