@@ -40,6 +40,7 @@ use crate::config::Secret;
 use crate::metrics::{Gauges, Metrics, merge};
 use crate::page::{self, Sample};
 use crate::purge::{self, AuthFailure, Purger, Refusal};
+use crate::url;
 
 /// Longest wait for a request's whole head, idle time of a kept connection included.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
@@ -62,7 +63,7 @@ pub trait Inspect: Send + Sync + 'static {
     /// `url` is normalised: `host/path?query`.
     async fn explain(&self, url: &str) -> api::Explain;
     /// Fetches what is not there; `urls` as the client gave them, each valid
-    /// for [`purge::parse_url`], at most [`api::WARM_URLS_MAX`].
+    /// for [`url::parse_url`], at most [`api::WARM_URLS_MAX`].
     async fn warm(&self, urls: Vec<String>) -> api::Warmed;
     /// What the metrics show of this moment.
     fn gauges(&self) -> Gauges;
@@ -300,7 +301,7 @@ impl Admin {
     async fn explain(&self, query: &str) -> Reply {
         let given = query.split('&').find_map(|pair| pair.strip_prefix("url="));
         let url = given.and_then(percent_decoded).unwrap_or_default();
-        match purge::parse_url(&url) {
+        match url::parse_url(&url) {
             Ok((host, target)) => {
                 Reply::json(&self.inspect.explain(&format!("{host}{target}")).await)
             }
@@ -314,7 +315,7 @@ impl Admin {
             return Reply::failure(StatusCode::BAD_REQUEST, format!("urls: 1 to {max}"));
         }
         for url in &warm.urls {
-            if let Err(reason) = purge::parse_url(url) {
+            if let Err(reason) = url::parse_url(url) {
                 return Reply::failure(StatusCode::BAD_REQUEST, reason);
             }
         }
@@ -690,7 +691,7 @@ mod tests {
             cluster.clone(),
             metrics.clone(),
             purge,
-            purge::Naming::default(),
+            url::Naming::default(),
         );
         Admin::new(cluster, Arc::new(Echo), metrics, purger)
     }

@@ -47,11 +47,12 @@ use crate::flight::{Flights, SliceReader, Source};
 use crate::freshness::{self, Demands, NotStored, Policy, Use, unix_ms};
 use crate::l1::{Kept, L1};
 use crate::l2::L2;
-use crate::manifest::{self, Manifest, Stored, Url};
+use crate::manifest::{self, Manifest, Stored};
 use crate::metrics::Metrics;
 use crate::origin::{Origin, OriginBody};
 use crate::plan;
 use crate::stitch::StitchLog;
+use crate::url::Url;
 
 use changes::Changes;
 pub use fill::Fill;

@@ -34,16 +34,17 @@ use crate::connection;
 use crate::engine::{Engine, Forwarded, Found, Relay, Request, Resolved, Sent};
 use crate::flight::{FillError, Form};
 use crate::freshness::{Demands, NotStored, unix_ms};
-use crate::manifest::{Manifest, Url};
+use crate::manifest::Manifest;
 use crate::metrics::Metrics;
 use crate::origin::is_coded;
 use crate::pace::Pace;
 use crate::paced::Paced;
 use crate::pieces::{Piece, Pieces};
 use crate::plan::{self, Plan};
-use crate::purge::{Naming, Purger};
+use crate::purge::Purger;
 use crate::reset;
 use crate::stream;
+use crate::url::{Naming, Url};
 
 /// Our name in `Via` and `Cache-Status`.
 const NAME: &str = "pingora-slice";

@@ -11,8 +11,9 @@ use pingora_slice_cluster::SliceId;
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
-use crate::manifest::{Manifest, Stored, Url};
+use crate::manifest::{Manifest, Stored};
 use crate::slice::{PAGE_BYTES, Slice};
+use crate::url::Url;
 
 /// An object is large when it would take one part of memory in so many.
 const LARGE_DIVISOR: u64 = 8;

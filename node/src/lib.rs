@@ -36,3 +36,4 @@ mod reset;
 pub mod slice;
 pub mod stitch;
 mod stream;
+pub mod url;

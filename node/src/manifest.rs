@@ -12,6 +12,8 @@ use pingora_slice_cluster::wire::{Headers, Version};
 use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use serde::{Deserialize, Serialize};
 
+use crate::url::Url;
+
 /// First byte of an encoded [`Record`].
 const RECORD_VERSION: u8 = 3;
 
@@ -31,21 +33,6 @@ pub enum Record {
         /// Field names.
         by: Vec<String>,
     },
-}
-
-/// Host (normalised) and target (raw path and query) of an object.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Url {
-    /// Lower-case, without the scheme's default port.
-    pub host: String,
-    /// Path and query as sent to the origin.
-    pub target: String,
-}
-
-impl std::fmt::Display for Url {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}{}", self.host, self.target)
-    }
 }
 
 /// See the module's text.

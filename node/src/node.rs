@@ -34,7 +34,8 @@ use crate::metrics::Metrics;
 use crate::observer::Watched;
 use crate::origin::{self, Origin};
 use crate::process::{ORIGIN_IDLE_MAX, descriptors_needed, raise_descriptors, unix_seconds};
-use crate::purge::{Naming, Purger};
+use crate::purge::Purger;
+use crate::url::Naming;
 
 /// How long the two processes of a hand-over wait for each other's socket.
 const MEET_WITHIN: Duration = Duration::from_secs(5);

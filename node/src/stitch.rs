@@ -8,9 +8,9 @@ use http::HeaderMap;
 use pingora_slice_cluster::wire::Version;
 
 use crate::config;
-use crate::manifest::Url;
 use crate::metrics::Metrics;
 use crate::paced::Paced;
+use crate::url::Url;
 
 /// One fault: what was expected, what came.
 pub struct Fault<'a> {

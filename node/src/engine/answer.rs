@@ -16,8 +16,9 @@ use crate::admin::Inspect;
 use crate::budget::Permit;
 use crate::flight::{FillError, FlightReader};
 use crate::freshness::{Demands, Use};
-use crate::manifest::{self, Record, Url};
+use crate::manifest::{self, Record};
 use crate::slice::PAGE_BYTES;
+use crate::url::Url;
 
 /// How long an owner may take to catch up with an asker's floor (rule 7).
 const CATCH_UP: Duration = Duration::from_millis(50);

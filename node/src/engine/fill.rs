@@ -18,11 +18,12 @@ use super::resolve::{back_off, strong_date};
 use super::tags::OtherTags;
 use crate::budget::Permit;
 use crate::flight::{FillError, Flight, SliceReader, Source};
-use crate::manifest::{Manifest, Url};
+use crate::manifest::Manifest;
 use crate::origin::{self, OriginAnswer, OriginBody, OriginError, Wanted};
 use crate::plan::weakly_equal;
 use crate::slice::{PAGE_BYTES, Slice, SliceParts};
 use crate::stitch::Fault;
+use crate::url::Url;
 
 /// All that is needed to fill one slice.
 #[derive(Clone, Debug)]

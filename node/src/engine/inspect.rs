@@ -14,10 +14,10 @@ use super::{Engine, Request, Resolved, Verdict};
 use crate::admin::Inspect;
 use crate::flight::{FillError, Form};
 use crate::freshness::{Demands, Use, unix_ms};
-use crate::manifest::{Stored, Url};
+use crate::manifest::Stored;
 use crate::metrics::Gauges;
 use crate::process::Usage;
-use crate::purge::{Naming, parse_url};
+use crate::url::{Naming, Url, parse_url};
 
 /// Slices that an explanation lists.
 const SLICES_SHOWN: u32 = 16;

@@ -8,7 +8,8 @@ use pingora_slice_cluster::wire::Headers;
 use super::{Engine, Fill};
 use crate::freshness;
 use crate::l1::Kept;
-use crate::manifest::{self, Manifest, Record, Stored, Url};
+use crate::manifest::{self, Manifest, Record, Stored};
+use crate::url::Url;
 
 impl Engine {
     /// L1, then L2; through the pointer where the object varies: only then are

@@ -11,8 +11,7 @@ use tokio::sync::watch;
 
 use super::{Engine, Fill, Request};
 use crate::l2::L2;
-use crate::manifest::Url;
-use crate::purge::normalise_host;
+use crate::url::{Url, reference};
 
 /// How long other nodes may take to hear that a version was replaced.
 const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
@@ -146,74 +145,6 @@ impl Engine {
         let count = items.len();
         if let Err(error) = self.inner.cluster.purge(items, rand::random()).await {
             tracing::warn!(url = %first, count, %error, "what has changed was not purged");
-        }
-    }
-}
-
-/// The path and query that a reference in an answer about `url` names, where it
-/// is on the same host (RFC 3986 section 5.2).
-fn reference(url: &Url, value: &str) -> Option<String> {
-    let value = value.split('#').next().unwrap_or_default();
-    let authority = match value.split_once("://") {
-        Some((scheme, rest)) if scheme.bytes().all(|b| b.is_ascii_alphanumeric()) => Some(rest),
-        _ => value.strip_prefix("//"),
-    };
-    if let Some(rest) = authority {
-        let (host, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-        let slash = if path.starts_with('/') { "" } else { "/" };
-        return (normalise_host(host) == url.host).then(|| format!("{slash}{path}"));
-    }
-    let base = url.target.split('?').next().unwrap_or_default();
-    Some(match value.chars().next() {
-        None => url.target.clone(),
-        Some('/') => value.to_owned(),
-        Some('?') => format!("{base}{value}"),
-        Some(_) => {
-            let (path, query) = value.split_at(value.find('?').unwrap_or(value.len()));
-            let folder = base.rsplit_once('/').map_or("", |(folder, _)| folder);
-            let mut segments: Vec<&str> = folder.split('/').skip(1).collect();
-            for segment in path.split('/') {
-                match segment {
-                    "." => {}
-                    ".." => drop(segments.pop()),
-                    segment => segments.push(segment),
-                }
-            }
-            if path.ends_with("/.") || path.ends_with("..") || path == "." {
-                segments.push("");
-            }
-            format!("/{}{query}", segments.join("/"))
-        }
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn references_are_resolved_against_the_url() {
-        let url = Url {
-            host: "films.test".into(),
-            target: "/a/b/form?x=1".into(),
-        };
-        for (value, target) in [
-            ("", Some("/a/b/form?x=1")),
-            ("/c", Some("/c")),
-            ("?y", Some("/a/b/form?y")),
-            ("c?y", Some("/a/b/c?y")),
-            ("./c", Some("/a/b/c")),
-            ("../c", Some("/a/c")),
-            ("../../../c", Some("/c")),
-            ("..", Some("/a/")),
-            ("c/d#part", Some("/a/b/c/d")),
-            ("http://Films.test/c", Some("/c")),
-            ("HTTPS://films.test:443", Some("/")),
-            ("//films.test/c", Some("/c")),
-            ("http://elsewhere.test/c", None),
-            ("//elsewhere.test/c", None),
-        ] {
-            assert_eq!(reference(&url, value).as_deref(), target, "{value:?}");
         }
     }
 }

@@ -20,10 +20,11 @@ use super::together::{Outcome, Resolve};
 use super::{Engine, Failure, Fill, Forwarded, Relay, RelayBody, Request, holds_what_is_wanted};
 use crate::config::OriginProbe;
 use crate::freshness::{self, Demands, NotStored, TAGS_MAX, unix_ms};
-use crate::manifest::{self, Freshness, Manifest, Stored, Url};
+use crate::manifest::{self, Freshness, Manifest, Stored};
 use crate::origin::{self, OriginAnswer, OriginError, Wanted};
 use crate::plan;
 use crate::stitch::Fault;
+use crate::url::Url;
 
 /// First pause between two tries at the origin; doubled each time, with jitter.
 const BACK_OFF: Duration = Duration::from_millis(50);

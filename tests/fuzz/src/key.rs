@@ -3,7 +3,7 @@
 
 use http::header::HOST;
 use pingora_http::RequestHeader;
-use pingora_slice::purge::{host_and_target, normalise_host, parse_url};
+use pingora_slice::url::{host_and_target, normalise_host, parse_url};
 use pingora_slice_cluster::slice::HashKey;
 
 /// Longest Host and target that are looked at: a request head has its limit.

@@ -3,8 +3,9 @@
 use std::sync::OnceLock;
 
 use http::header::{HeaderMap, HeaderValue, RANGE};
-use pingora_slice::manifest::{Freshness, Manifest, Url};
+use pingora_slice::manifest::{Freshness, Manifest};
 use pingora_slice::plan::{self, Plan};
+use pingora_slice::url::Url;
 use pingora_slice_cluster::purge::Subject;
 use pingora_slice_cluster::slice::HashKey;
 use pingora_slice_cluster::wire::Version;

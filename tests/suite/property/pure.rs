@@ -9,7 +9,7 @@ use pingora_slice::config::Config;
 use pingora_slice::manifest::variant_key;
 use pingora_slice::origin::{ContentRange, content_range};
 use pingora_slice::plan::{RangeSpec, parse_range};
-use pingora_slice::purge::normalise_host;
+use pingora_slice::url::normalise_host;
 use pingora_slice_cluster::slice::{HashKey, Touched, slice_at, slice_count, slice_range, touched};
 use pingora_slice_tests::model;
 use proptest::prelude::*;
