@@ -40,7 +40,7 @@ use crate::config::Secret;
 use crate::metrics::{Gauges, Metrics, merge};
 use crate::page::{self, Sample};
 use crate::purge::{self, AuthFailure, Purger, Refusal};
-use crate::url;
+use crate::url::Url;
 
 /// Longest wait for a request's whole head, idle time of a kept connection included.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
@@ -63,7 +63,7 @@ pub trait Inspect: Send + Sync + 'static {
     /// `url` is normalised: `host/path?query`.
     async fn explain(&self, url: &str) -> api::Explain;
     /// Fetches what is not there; `urls` as the client gave them, each valid
-    /// for [`url::parse_url`], at most [`api::WARM_URLS_MAX`].
+    /// for [`Url::parse`], at most [`api::WARM_URLS_MAX`].
     async fn warm(&self, urls: Vec<String>) -> api::Warmed;
     /// What the metrics show of this moment.
     fn gauges(&self) -> Gauges;
@@ -301,10 +301,8 @@ impl Admin {
     async fn explain(&self, query: &str) -> Reply {
         let given = query.split('&').find_map(|pair| pair.strip_prefix("url="));
         let url = given.and_then(percent_decoded).unwrap_or_default();
-        match url::parse_url(&url) {
-            Ok((host, target)) => {
-                Reply::json(&self.inspect.explain(&format!("{host}{target}")).await)
-            }
+        match Url::parse(&url) {
+            Ok(url) => Reply::json(&self.inspect.explain(&url.to_string()).await),
             Err(reason) => Reply::failure(StatusCode::BAD_REQUEST, format!("url: {reason}")),
         }
     }
@@ -315,7 +313,7 @@ impl Admin {
             return Reply::failure(StatusCode::BAD_REQUEST, format!("urls: 1 to {max}"));
         }
         for url in &warm.urls {
-            if let Err(reason) = url::parse_url(url) {
+            if let Err(reason) = Url::parse(url) {
                 return Reply::failure(StatusCode::BAD_REQUEST, reason);
             }
         }
@@ -691,7 +689,7 @@ mod tests {
             cluster.clone(),
             metrics.clone(),
             purge,
-            url::Naming::default(),
+            crate::url::Naming::default(),
         );
         Admin::new(cluster, Arc::new(Echo), metrics, purger)
     }

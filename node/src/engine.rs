@@ -52,7 +52,7 @@ use crate::metrics::Metrics;
 use crate::origin::{Origin, OriginBody};
 use crate::plan;
 use crate::stitch::StitchLog;
-use crate::url::Url;
+use crate::url::{Naming, Url};
 
 use changes::Changes;
 pub use fill::Fill;
@@ -305,6 +305,7 @@ pub struct Engine {
 
 struct Inner {
     config: Config,
+    naming: Naming,
     budget: Budget,
     policy: Policy,
     cluster: Cluster,
@@ -371,6 +372,10 @@ impl Engine {
                 config.slice_bytes,
             ),
             stitch: StitchLog::new(config.stitch_log, metrics.clone()),
+            naming: Naming::new(
+                config.upstream_host.as_deref(),
+                config.caching.query.clone(),
+            ),
             config,
             cluster,
             origin,
@@ -624,6 +629,17 @@ impl Engine {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.inner.config
+    }
+
+    /// How objects are named.
+    pub fn naming(&self) -> &Naming {
+        &self.inner.naming
+    }
+
+    /// Whether an object is fetched in slices.
+    pub(crate) fn is_sliced(&self, url: &Url) -> bool {
+        let patterns = &self.inner.config.slice_patterns;
+        patterns.is_empty() || patterns.iter().any(|pattern| pattern.is_match(url.path()))
     }
 
     fn me(&self) -> NodeId {

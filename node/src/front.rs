@@ -44,7 +44,7 @@ use crate::plan::{self, Plan};
 use crate::purge::Purger;
 use crate::reset;
 use crate::stream;
-use crate::url::{Naming, Url};
+use crate::url::Url;
 
 /// Our name in `Via` and `Cache-Status`.
 const NAME: &str = "pingora-slice";
@@ -111,7 +111,6 @@ const LEFT_OUT_OF_304: [HeaderName; 4] = [
 pub struct Front {
     engine: Engine,
     purger: Arc<Purger>,
-    naming: Naming,
     metrics: Arc<Metrics>,
     under_way: TaskTracker,
     loop_id: Arc<OnceLock<Arc<str>>>,
@@ -142,14 +141,12 @@ impl Front {
     pub fn new(
         engine: Engine,
         purger: Arc<Purger>,
-        naming: Naming,
         metrics: Arc<Metrics>,
         under_way: TaskTracker,
     ) -> Front {
         Front {
             engine,
             purger,
-            naming,
             metrics,
             under_way,
             loop_id: Arc::default(),
@@ -177,7 +174,7 @@ impl Front {
 
     /// Reads a request.
     fn request(&self, head: &RequestHeader, fields: &Arc<HeaderMap>) -> Asked {
-        let Some((host, target)) = self.naming.host_and_target(head) else {
+        let Some(url) = self.engine.naming().of_request(head) else {
             return Asked::Refuse(400, "malformed");
         };
         let loop_id = self.loop_id();
@@ -225,11 +222,9 @@ impl Front {
         if demands.no_store {
             return pass("request-no-store");
         }
-        let path = target.split('?').next().unwrap_or(&target);
-        let patterns = &self.engine.config().slice_patterns;
-        let sliced = patterns.is_empty() || patterns.iter().any(|pattern| pattern.is_match(path));
-        let key = hash_key.object(&host, &target);
-        let url = Arc::new(Url { host, target });
+        let key = hash_key.object(&url.host, &url.target);
+        let sliced = self.engine.is_sliced(&url);
+        let url = Arc::new(url);
         Asked::Cacheable(Request {
             key,
             origin: Sent::new({
@@ -699,9 +694,9 @@ impl Front {
         // The client's own wish, or its own fault, is no failure.
         if status >= 500
             && !matches!(reason, "only-if-cached" | "malformed")
-            && let Some((host, target)) = self.naming.host_and_target(session.req_header())
+            && let Some(url) = self.engine.naming().of_request(session.req_header())
         {
-            self.log_failure(&Url { host, target }, status, reason);
+            self.log_failure(&url, status, reason);
         }
         self.begin(session, ctx, head, true, &[]).await
     }
@@ -1061,13 +1056,12 @@ impl ProxyHttp for Front {
             }
             method => {
                 self.metrics.requests_total.inc();
-                let named = self.naming.host_and_target(session.req_header());
-                let Some((host, target)) = named else {
+                let Some(url) = self.engine.naming().of_request(session.req_header()) else {
                     self.refuse(session, ctx, 400, "malformed").await?;
                     return Ok(true);
                 };
                 if !matches!(method, "OPTIONS" | "TRACE") {
-                    ctx.may_change = Some(Url { host, target });
+                    ctx.may_change = Some(url);
                 } else if max_forwards(session.req_header()) == Some(0) {
                     let status = if method == "OPTIONS" { 204 } else { 405 };
                     let mut head = ResponseHeader::build_no_case(status, None)?;
@@ -1113,8 +1107,9 @@ impl ProxyHttp for Front {
         upstream: &mut RequestHeader,
         _ctx: &mut Context,
     ) -> Result<()> {
-        if let Some((host, _)) = self.naming.host_and_target(session.req_header()) {
-            upstream.insert_header(header::HOST, self.engine.origin().host(&host).to_owned())?;
+        if let Some(url) = self.engine.naming().of_request(session.req_header()) {
+            let host = self.engine.origin().host(&url.host);
+            upstream.insert_header(header::HOST, host.to_owned())?;
         }
         upstream.append_header(header::VIA, HeaderValue::from_static(VIA))?;
         if let Some(id) = self.loop_id() {

@@ -35,7 +35,6 @@ use crate::observer::Watched;
 use crate::origin::{self, Origin};
 use crate::process::{ORIGIN_IDLE_MAX, descriptors_needed, raise_descriptors, unix_seconds};
 use crate::purge::Purger;
-use crate::url::Naming;
 
 /// How long the two processes of a hand-over wait for each other's socket.
 const MEET_WITHIN: Duration = Duration::from_secs(5);
@@ -119,10 +118,6 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
         config.origin_timeouts,
         metrics.clone(),
     );
-    let naming = Naming::new(
-        config.upstream_host.as_deref(),
-        config.caching.query.clone(),
-    );
     let engine = Engine::new(
         config.clone(),
         cluster.clone(),
@@ -136,7 +131,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
         cluster.clone(),
         metrics.clone(),
         config.purge.clone(),
-        naming.clone(),
+        engine.naming().clone(),
     );
     let admin = Admin::new(
         cluster.clone(),
@@ -162,7 +157,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
 
     let under_way = TaskTracker::new();
     let budget = engine.budget().clone();
-    let front = Front::new(engine, purger, naming, metrics.clone(), under_way.clone());
+    let front = Front::new(engine, purger, metrics.clone(), under_way.clone());
     let service = |h2c| {
         Clients::service(
             &server.configuration,

@@ -42,7 +42,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::PurgeConfig;
 use crate::metrics::Metrics;
 use crate::observer::{Observer, Settled};
-use crate::url::{Naming, checked_host, host_and_target, parse_url};
+use crate::url::{self, Naming, Url, checked_host};
 
 /// Purges kept for the status page.
 const RECENT_MAX: usize = 50;
@@ -139,8 +139,8 @@ pub enum Named {
     All,
     /// Everything of a host (normalised).
     Host(String),
-    /// One URL: host (normalised), raw path and query.
-    Url(String, String),
+    /// One object.
+    Url(Url),
     /// A path and everything under it: host (normalised), path.
     Prefix(String, String),
     /// Everything that carries a tag.
@@ -153,7 +153,7 @@ impl Named {
         match self {
             Named::All => "all",
             Named::Host(_) => "host",
-            Named::Url(..) => "url",
+            Named::Url(_) => "url",
             Named::Prefix(..) => "prefix",
             Named::Tag(_) => "tag",
         }
@@ -163,8 +163,9 @@ impl Named {
         match self {
             Named::All => Scope::All,
             Named::Host(host) => Scope::host(key, naming.host(host)),
-            Named::Url(host, target) => {
-                Scope::url(key, naming.host(host), &naming.target(target.clone()))
+            Named::Url(url) => {
+                let object = naming.object(url.clone());
+                Scope::url(key, &object.host, &object.target)
             }
             Named::Prefix(host, path) => Scope::prefix(key, naming.host(host), path),
             Named::Tag(tag) => Scope::tag(key, tag),
@@ -176,7 +177,7 @@ impl Named {
         match self {
             Named::All | Named::Tag(_) => None,
             Named::Host(host) => Some(format!("http://{host}/")),
-            Named::Url(host, target) => Some(format!("http://{host}{target}")),
+            Named::Url(url) => Some(format!("http://{url}")),
             Named::Prefix(host, path) => Some(format!("http://{host}{path}")),
         }
     }
@@ -187,7 +188,7 @@ impl std::fmt::Display for Named {
         match self {
             Named::All => f.write_str("everything"),
             Named::Host(host) => write!(f, "everything of {host}"),
-            Named::Url(host, target) => write!(f, "http://{host}{target}"),
+            Named::Url(url) => write!(f, "http://{url}"),
             Named::Prefix(host, path) => write!(f, "everything under http://{host}{path}"),
             Named::Tag(tag) => write!(f, "everything tagged {tag}"),
         }
@@ -453,7 +454,7 @@ impl Purger {
                 if let (Some(item), PurgeWait::All) = (first, wanted.wait) {
                     let index = receipt.index;
                     let url = match wanted.named.first() {
-                        Some(Named::Url(host, target)) => Some(format!("{host}{target}")),
+                        Some(Named::Url(url)) => Some(url.to_string()),
                         _ => None,
                     };
                     self.observer.settled(Settled { item, url, index });
@@ -512,12 +513,11 @@ pub fn understand_api(purge: api::Purge) -> Result<Wanted, String> {
         named.push(Named::All);
     }
     for url in &purge.urls {
-        let (host, target) = parse_url(url)?;
-        named.push(Named::Url(host, target));
+        named.push(Named::Url(Url::parse(url)?));
     }
     for prefix in &purge.prefixes {
-        let (host, path) = parse_url(prefix)?;
-        named.push(Named::Prefix(host, without_star(&path)));
+        let Url { host, target } = Url::parse(prefix)?;
+        named.push(Named::Prefix(host, without_star(&target)));
     }
     for host in &purge.hosts {
         named.push(Named::Host(checked_host(host)?));
@@ -716,14 +716,16 @@ fn named_by(head: &RequestHeader) -> Result<Vec<Named>, String> {
             _ => Ok(tags),
         };
     }
-    let (host, target) = host_and_target(head).ok_or("no valid Host")?;
-    if !target.starts_with('/') {
-        return Err(format!("{target:?} is not a path"));
+    let url = url::of_request(head).ok_or("no valid Host")?;
+    if !url.target.starts_with('/') {
+        return Err(format!("{:?} is not a path", url.target));
     }
     let named = match pattern {
-        None => Named::Url(host, target),
-        Some(p) if p.eq_ignore_ascii_case("prefix") => Named::Prefix(host, without_star(&target)),
-        Some(p) if p.eq_ignore_ascii_case("host") => Named::Host(host),
+        None => Named::Url(url),
+        Some(p) if p.eq_ignore_ascii_case("prefix") => {
+            Named::Prefix(url.host, without_star(&url.target))
+        }
+        Some(p) if p.eq_ignore_ascii_case("host") => Named::Host(url.host),
         Some(p) => {
             return Err(format!("X-Purge-Pattern: {p:?} is neither prefix nor host"));
         }
@@ -1084,7 +1086,10 @@ mod tests {
         assert_eq!(
             wanted.named,
             [
-                Named::Url("a".into(), "/x".into()),
+                Named::Url(Url {
+                    host: "a".into(),
+                    target: "/x".into()
+                }),
                 Named::Prefix("a".into(), "/v/".into()),
                 Named::Host("b".into()),
                 Named::Tag("t".into()),

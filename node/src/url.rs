@@ -21,6 +21,88 @@ pub struct Url {
     pub target: String,
 }
 
+impl Url {
+    /// From `http://host/path?query`; the scheme may be left out, a fragment is
+    /// dropped.
+    ///
+    /// # Errors
+    /// What is wrong with it, for the client.
+    pub fn parse(url: &str) -> Result<Url, String> {
+        let (rest, tls) = match url.split_once("://") {
+            Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => (rest, false),
+            Some((scheme, rest)) if scheme.eq_ignore_ascii_case("https") => (rest, true),
+            Some((other, _)) if is_scheme(other) => {
+                return Err(format!("{url:?}: {other} is neither http nor https"));
+            }
+            _ => (url, false),
+        };
+        let rest = rest.split_once('#').map_or(rest, |(before, _)| before);
+        let host_end = rest.find(['/', '?']).unwrap_or(rest.len());
+        let (host, target) = rest.split_at(host_end);
+        let host = if tls {
+            host.strip_suffix(":443").unwrap_or(host)
+        } else {
+            host
+        };
+        let host = checked_host(host).map_err(|reason| format!("{url:?}: {reason}"))?;
+        if !target.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(format!("{url:?}: the path must be percent-encoded"));
+        }
+        let slash = if target.starts_with('/') { "" } else { "/" };
+        Ok(Url {
+            host,
+            target: format!("{slash}{target}"),
+        })
+    }
+
+    /// The target's path, without the query.
+    pub fn path(&self) -> &str {
+        self.target.split('?').next().unwrap_or_default()
+    }
+
+    /// What a reference in an answer about this object names, where it is on the
+    /// same host (RFC 3986 section 5.2).
+    pub(crate) fn reference(&self, value: &str) -> Option<Url> {
+        let on_this_host = |target: String| Url {
+            host: self.host.clone(),
+            target,
+        };
+        let value = value.split('#').next().unwrap_or_default();
+        let authority = match value.split_once("://") {
+            Some((scheme, rest)) if scheme.bytes().all(|b| b.is_ascii_alphanumeric()) => Some(rest),
+            _ => value.strip_prefix("//"),
+        };
+        if let Some(rest) = authority {
+            let (host, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+            let slash = if path.starts_with('/') { "" } else { "/" };
+            let is_ours = normalise_host(host) == self.host;
+            return is_ours.then(|| on_this_host(format!("{slash}{path}")));
+        }
+        let base = self.path();
+        Some(on_this_host(match value.chars().next() {
+            None => self.target.clone(),
+            Some('/') => value.to_owned(),
+            Some('?') => format!("{base}{value}"),
+            Some(_) => {
+                let (path, query) = value.split_at(value.find('?').unwrap_or(value.len()));
+                let folder = base.rsplit_once('/').map_or("", |(folder, _)| folder);
+                let mut segments: Vec<&str> = folder.split('/').skip(1).collect();
+                for segment in path.split('/') {
+                    match segment {
+                        "." => {}
+                        ".." => drop(segments.pop()),
+                        segment => segments.push(segment),
+                    }
+                }
+                if path.ends_with("/.") || path.ends_with("..") || path == "." {
+                    segments.push("");
+                }
+                format!("/{}{query}", segments.join("/"))
+            }
+        }))
+    }
+}
+
 impl std::fmt::Display for Url {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}{}", self.host, self.target)
@@ -55,16 +137,22 @@ impl Naming {
         self.upstream_host.as_deref().unwrap_or(host)
     }
 
-    /// The names of a request's object, as [`host_and_target`].
-    pub fn host_and_target(&self, head: &RequestHeader) -> Option<(String, String)> {
-        let (host, target) = host_and_target(head)?;
-        Some((self.host(&host).to_owned(), self.target(target)))
+    /// The name of the object that clients call `url`.
+    pub fn object(&self, url: Url) -> Url {
+        Url {
+            host: self.host(&url.host).to_owned(),
+            target: self.target(url.target),
+        }
+    }
+
+    /// The name of a request's object, as [`of_request`].
+    pub fn of_request(&self, head: &RequestHeader) -> Option<Url> {
+        of_request(head).map(|url| self.object(url))
     }
 }
 
-/// Host (normalised) and raw path and query of a request: the names that its
-/// object has. `None` where it names no host, or several.
-pub fn host_and_target(head: &RequestHeader) -> Option<(String, String)> {
+/// What a request names. `None` where it names no host, or several.
+pub fn of_request(head: &RequestHeader) -> Option<Url> {
     let raw = head.raw_path();
     let has_scheme = |scheme: &[u8]| {
         raw.get(..scheme.len())
@@ -72,7 +160,7 @@ pub fn host_and_target(head: &RequestHeader) -> Option<(String, String)> {
     };
     if has_scheme(b"http://") || has_scheme(b"https://") {
         // Absolute form: its host is the one that counts (RFC 9112, 3.2.2).
-        return parse_url(std::str::from_utf8(raw).ok()?).ok();
+        return Url::parse(std::str::from_utf8(raw).ok()?).ok();
     }
     // `*` is for OPTIONS (RFC 9112 section 3.2.4).
     if !raw.starts_with(b"/") && (raw != b"*" || head.method != http::Method::OPTIONS) {
@@ -85,7 +173,10 @@ pub fn host_and_target(head: &RequestHeader) -> Option<(String, String)> {
         (Some(_), Some(_)) => return None,
     };
     let target = head.uri.path_and_query().map_or("/", |t| t.as_str());
-    Some((checked_host(host).ok()?, target.to_owned()))
+    Some(Url {
+        host: checked_host(host).ok()?,
+        target: target.to_owned(),
+    })
 }
 
 fn is_scheme(text: &str) -> bool {
@@ -93,36 +184,6 @@ fn is_scheme(text: &str) -> bool {
         && text
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b))
-}
-
-/// Host (normalised) and raw path and query of `http://host/path?query`; the
-/// scheme may be left out, a fragment is dropped.
-///
-/// # Errors
-/// What is wrong with it, for the client.
-pub fn parse_url(url: &str) -> Result<(String, String), String> {
-    let (rest, tls) = match url.split_once("://") {
-        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => (rest, false),
-        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("https") => (rest, true),
-        Some((other, _)) if is_scheme(other) => {
-            return Err(format!("{url:?}: {other} is neither http nor https"));
-        }
-        _ => (url, false),
-    };
-    let rest = rest.split_once('#').map_or(rest, |(before, _)| before);
-    let host_end = rest.find(['/', '?']).unwrap_or(rest.len());
-    let (host, target) = rest.split_at(host_end);
-    let host = if tls {
-        host.strip_suffix(":443").unwrap_or(host)
-    } else {
-        host
-    };
-    let host = checked_host(host).map_err(|reason| format!("{url:?}: {reason}"))?;
-    if !target.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(format!("{url:?}: the path must be percent-encoded"));
-    }
-    let slash = if target.starts_with('/') { "" } else { "/" };
-    Ok((host, format!("{slash}{target}")))
 }
 
 /// A host as it is hashed: lower case, without a final dot and without port.
@@ -162,43 +223,6 @@ pub(crate) fn checked_host(host: &str) -> Result<String, String> {
     Ok(host)
 }
 
-/// The path and query that a reference in an answer about `url` names, where it
-/// is on the same host (RFC 3986 section 5.2).
-pub(crate) fn reference(url: &Url, value: &str) -> Option<String> {
-    let value = value.split('#').next().unwrap_or_default();
-    let authority = match value.split_once("://") {
-        Some((scheme, rest)) if scheme.bytes().all(|b| b.is_ascii_alphanumeric()) => Some(rest),
-        _ => value.strip_prefix("//"),
-    };
-    if let Some(rest) = authority {
-        let (host, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-        let slash = if path.starts_with('/') { "" } else { "/" };
-        return (normalise_host(host) == url.host).then(|| format!("{slash}{path}"));
-    }
-    let base = url.target.split('?').next().unwrap_or_default();
-    Some(match value.chars().next() {
-        None => url.target.clone(),
-        Some('/') => value.to_owned(),
-        Some('?') => format!("{base}{value}"),
-        Some(_) => {
-            let (path, query) = value.split_at(value.find('?').unwrap_or(value.len()));
-            let folder = base.rsplit_once('/').map_or("", |(folder, _)| folder);
-            let mut segments: Vec<&str> = folder.split('/').skip(1).collect();
-            for segment in path.split('/') {
-                match segment {
-                    "." => {}
-                    ".." => drop(segments.pop()),
-                    segment => segments.push(segment),
-                }
-            }
-            if path.ends_with("/.") || path.ends_with("..") || path == "." {
-                segments.push("");
-            }
-            format!("/{}{query}", segments.join("/"))
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,7 +237,11 @@ mod tests {
             ("a?q", "a", "/?q"),
             ("[::1]:8080/x", "[::1]", "/x"),
         ] {
-            assert_eq!(parse_url(url), Ok((host.to_owned(), target.to_owned())));
+            let named = Url {
+                host: host.to_owned(),
+                target: target.to_owned(),
+            };
+            assert_eq!(Url::parse(url), Ok(named));
         }
         for url in [
             "",
@@ -228,7 +256,7 @@ mod tests {
             "ftp://h/x",
             "http://h:99999/x",
         ] {
-            assert!(parse_url(url).is_err(), "{url}");
+            assert!(Url::parse(url).is_err(), "{url}");
         }
     }
 
@@ -254,7 +282,8 @@ mod tests {
             ("http://elsewhere.test/c", None),
             ("//elsewhere.test/c", None),
         ] {
-            assert_eq!(reference(&url, value).as_deref(), target, "{value:?}");
+            let named = url.reference(value).map(|url| url.target);
+            assert_eq!(named.as_deref(), target, "{value:?}");
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::freshness::{Demands, Use, unix_ms};
 use crate::manifest::Stored;
 use crate::metrics::Gauges;
 use crate::process::Usage;
-use crate::url::{Naming, Url, parse_url};
+use crate::url::Url;
 
 /// Slices that an explanation lists.
 const SLICES_SHOWN: u32 = 16;
@@ -167,27 +167,19 @@ impl Engine {
 
     /// A GET without any field, for `url` (`host/path?query` or with a scheme).
     fn plain_request(&self, url: &str) -> Option<Request> {
-        let (host, target) = parse_url(url).ok()?;
-        let config = &self.inner.config;
-        let naming = Naming::new(
-            config.upstream_host.as_deref(),
-            config.caching.query.clone(),
-        );
-        let (host, target) = (naming.host(&host).to_owned(), naming.target(target));
-        let path = target.split('?').next().unwrap_or(&target).to_owned();
-        let patterns = &self.inner.config.slice_patterns;
+        let url = self.inner.naming.object(Url::parse(url).ok()?);
         Some(Request {
-            key: self.hash_key()?.object(&host, &target),
+            key: self.hash_key()?.object(&url.host, &url.target),
             origin: OriginRequest {
-                host: host.clone(),
-                target: target.clone(),
+                host: url.host.clone(),
+                target: url.target.clone(),
                 headers: Vec::new(),
             }
             .into(),
-            url: Url { host, target }.into(),
             demands: Demands::default(),
             first_byte: 0,
-            sliced: patterns.is_empty() || patterns.iter().any(|p| p.is_match(&path)),
+            sliced: self.is_sliced(&url),
+            url: url.into(),
         })
     }
 

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::{Engine, Fill, Request};
 use crate::l2::L2;
-use crate::url::{Url, reference};
+use crate::url::Url;
 
 /// How long other nodes may take to hear that a version was replaced.
 const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
@@ -43,11 +43,8 @@ impl Engine {
             let Some(value) = response.get(name).and_then(|v| v.to_str().ok()) else {
                 continue;
             };
-            let target = reference(url, value).map(|t| self.inner.config.caching.query.apply(t));
-            urls.extend(target.map(|target| Url {
-                host: url.host.clone(),
-                target,
-            }));
+            let named = url.reference(value);
+            urls.extend(named.map(|named| self.inner.naming.object(named)));
         }
         let mut known = Vec::new();
         for url in urls {

@@ -3,7 +3,7 @@
 
 use http::header::HOST;
 use pingora_http::RequestHeader;
-use pingora_slice::url::{host_and_target, normalise_host, parse_url};
+use pingora_slice::url::{Url, normalise_host, of_request};
 use pingora_slice_cluster::slice::HashKey;
 
 /// Longest Host and target that are looked at: a request head has its limit.
@@ -22,13 +22,14 @@ pub fn check(data: &[u8]) {
         .iter()
         .filter_map(|(host, target)| named(host, target))
         .collect();
-    for (host, target) in &found {
+    for url in &found {
+        let Url { host, target } = url;
         assert!(!host.is_empty());
         assert_eq!(*host, normalise_host(host), "normalised once and for all");
         // The URL that we show leads back to the object, where it can be written.
-        let url = format!("http://{host}{target}");
+        let written = format!("http://{url}");
         if target.starts_with('/') && target.bytes().all(|b| b.is_ascii_graphic() && b != b'#') {
-            assert_eq!(parse_url(&url), Ok((host.clone(), target.clone())));
+            assert_eq!(Url::parse(&written).as_ref(), Ok(url));
         }
         // The same name with a port, a final dot, and in capitals.
         let upper = host.to_ascii_uppercase();
@@ -39,32 +40,32 @@ pub fn check(data: &[u8]) {
                 format!("{upper}.:1"),
             ] {
                 assert_eq!(
-                    named(written.as_bytes(), target.as_bytes()).map(|n| n.0),
+                    named(written.as_bytes(), target.as_bytes()).map(|url| url.host),
                     Some(host.clone())
                 );
             }
         }
     }
     if let [one, other] = &found[..] {
-        let same = key.object(&one.0, &one.1) == key.object(&other.0, &other.1);
+        let same = key.object(&one.host, &one.target) == key.object(&other.host, &other.target);
         assert_eq!(same, one == other);
     }
     if let Ok(text) = std::str::from_utf8(data)
-        && let Ok((host, target)) = parse_url(text)
+        && let Ok(url) = Url::parse(text)
     {
-        assert!(target.starts_with('/'));
-        assert_eq!(host, normalise_host(&host));
-        assert_eq!(parse_url(&format!("{host}{target}")), Ok((host, target)));
+        assert!(url.target.starts_with('/'));
+        assert_eq!(url.host, normalise_host(&url.host));
+        assert_eq!(Url::parse(&url.to_string()), Ok(url));
     }
 }
 
 /// The object's name in a request with this Host and target.
-fn named(host: &[u8], target: &[u8]) -> Option<(String, String)> {
+fn named(host: &[u8], target: &[u8]) -> Option<Url> {
     if host.len() > PART_BYTES_MAX || target.len() > PART_BYTES_MAX {
         return None;
     }
     let mut head = RequestHeader::build("GET", target, None).ok()?;
     head.append_header(HOST, http::HeaderValue::from_bytes(host).ok()?)
         .ok()?;
-    host_and_target(&head)
+    of_request(&head)
 }
