@@ -58,7 +58,7 @@ use changes::Changes;
 pub use fill::Fill;
 use noted::Noted;
 use tags::OtherTags;
-use together::Resolves;
+use together::ManifestFlights;
 use turns::{Turn, Turns};
 use whole::Wholes;
 
@@ -317,7 +317,7 @@ struct Inner {
     fills: Arc<Flights>,
     fetches: Arc<Flights>,
     wholes: Wholes,
-    resolves: Resolves,
+    manifest_flights: ManifestFlights,
     /// Manifests that are being validated behind stale answers.
     turns: Turns,
     /// Objects that are passed on.
@@ -383,7 +383,7 @@ impl Engine {
             fills: Arc::default(),
             fetches: Arc::default(),
             wholes: Wholes::default(),
-            resolves: Resolves::default(),
+            manifest_flights: ManifestFlights::default(),
             turns: Turns::default(),
             uncacheable: Noted::default(),
             unshared: Noted::default(),

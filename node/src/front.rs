@@ -173,9 +173,9 @@ impl Front {
     }
 
     /// Reads a request.
-    fn request(&self, head: &RequestHeader, fields: &Arc<HeaderMap>) -> Asked {
+    fn request(&self, head: &RequestHeader, fields: &Arc<HeaderMap>) -> Disposition {
         let Some(url) = self.engine.naming().of_request(head) else {
-            return Asked::Refuse(400, "malformed");
+            return Disposition::Refuse(400, "malformed");
         };
         let loop_id = self.loop_id();
         let seen = |id: &Arc<str>| {
@@ -192,21 +192,21 @@ impl Front {
                 })
         };
         if loop_id.is_some_and(seen) {
-            return Asked::Refuse(508, "loop");
+            return Disposition::Refuse(508, "loop");
         }
         let Some(hash_key) = self.engine.cluster().view().hash_key else {
-            return Asked::Pass("not-ready");
+            return Disposition::Pass("not-ready");
         };
         if !self.engine.config().enable_cache {
-            return Asked::Pass("disabled");
+            return Disposition::Pass("disabled");
         }
         let demands = Demands::of(
             &head.headers,
             &self.engine.config().caching.request_directives,
         );
         let pass = |why| match demands.only_if_cached {
-            true => Asked::Refuse(504, "only-if-cached"),
-            false => Asked::Pass(why),
+            true => Disposition::Refuse(504, "only-if-cached"),
+            false => Disposition::Pass(why),
         };
         if is_for_websocket(&head.headers) {
             return pass("upgrade");
@@ -225,7 +225,7 @@ impl Front {
         let key = hash_key.object(&url.host, &url.target);
         let sliced = self.engine.is_sliced(&url);
         let url = Arc::new(url);
-        Asked::Cacheable(Request {
+        Disposition::Cacheable(Request {
             key,
             origin: Sent::new({
                 let (url, fields) = (url.clone(), fields.clone());
@@ -252,12 +252,12 @@ impl Front {
         let head = session.req_header();
         let fields = Arc::new(head.headers.clone());
         let request = match self.request(head, &fields) {
-            Asked::Cacheable(request) => request,
-            Asked::Pass(why) => {
+            Disposition::Cacheable(request) => request,
+            Disposition::Pass(why) => {
                 ctx.passed = Some(why);
                 return Ok(false);
             }
-            Asked::Refuse(status, reason) => {
+            Disposition::Refuse(status, reason) => {
                 self.refuse(session, ctx, status, reason).await?;
                 return Ok(true);
             }
@@ -790,7 +790,7 @@ async fn until_total(deadline: Option<tokio::time::Instant>) {
 }
 
 /// How a GET or HEAD goes on.
-enum Asked {
+enum Disposition {
     /// By the engine.
     Cacheable(Request),
     /// By being passed on; why, in a word.

@@ -65,7 +65,7 @@ impl OriginError {
 
 /// What to ask for, beyond the client's own request.
 #[derive(Clone, Debug, Default)]
-pub struct Wanted {
+pub struct OriginAsk {
     /// Ask for the head alone.
     pub head: bool,
     /// Bytes to ask for.
@@ -201,7 +201,7 @@ impl Origin {
     pub async fn get(
         &self,
         request: &OriginRequest,
-        wanted: &Wanted,
+        ask: &OriginAsk,
     ) -> Result<OriginAnswer, OriginError> {
         let mut last = OriginError::Unreachable("no upstream".into());
         let mut down = 0;
@@ -210,7 +210,7 @@ impl Origin {
             if down > DOWN_TRIED_MAX {
                 break;
             }
-            match self.get_from(backend.peer(), request, wanted).await {
+            match self.get_from(backend.peer(), request, ask).await {
                 Ok(answer) => return Ok(answer),
                 Err((error, connected)) => {
                     last = error;
@@ -256,7 +256,7 @@ impl Origin {
         &self,
         peer: &HttpPeer,
         request: &OriginRequest,
-        wanted: &Wanted,
+        ask: &OriginAsk,
     ) -> Result<OriginAnswer, (OriginError, bool)> {
         let inner = &self.inner;
         let mut first_try = true;
@@ -272,7 +272,7 @@ impl Origin {
             session.set_read_timeout(Some(2 * longest));
             inner.metrics.origin_fetches_total.inc();
             let asked_ms = unix_ms(SystemTime::now());
-            let head = self.head(request, wanted).map_err(|e| (e, true))?;
+            let head = self.head(request, ask).map_err(|e| (e, true))?;
             match tokio::time::timeout(inner.timeouts.total_header, exchange(&mut session, head))
                 .await
             {
@@ -314,12 +314,12 @@ impl Origin {
     fn head(
         &self,
         request: &OriginRequest,
-        wanted: &Wanted,
+        ask: &OriginAsk,
     ) -> Result<Box<RequestHeader>, OriginError> {
         let refused =
             |e: &dyn std::fmt::Display| OriginError::Unreachable(format!("request head: {e}"));
         let mut head = RequestHeader::build(
-            if wanted.head { "HEAD" } else { "GET" },
+            if ask.head { "HEAD" } else { "GET" },
             request.target.as_bytes(),
             Some(request.headers.len() + 6),
         )
@@ -335,14 +335,14 @@ impl Origin {
         }
         head.insert_header(HOST, self.host(&request.host))
             .map_err(|e| refused(&e))?;
-        let range = wanted.range.as_ref();
+        let range = ask.range.as_ref();
         let closed = range.map(|range| format!("bytes={}-{}", range.start, range.end - 1));
-        if let Some(value) = wanted.open_range.clone().or(closed) {
+        if let Some(value) = ask.open_range.clone().or(closed) {
             head.insert_header(RANGE, value).map_err(|e| refused(&e))?;
             head.insert_header(ACCEPT_ENCODING, "identity")
                 .map_err(|e| refused(&e))?;
         }
-        for (name, value) in &wanted.fields {
+        for (name, value) in &ask.fields {
             head.insert_header(name.clone(), value.clone())
                 .map_err(|e| refused(&e))?;
         }

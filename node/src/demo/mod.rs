@@ -37,11 +37,11 @@ pub struct DemoArgs {
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     #[command(subcommand)]
-    part: Option<Part>,
+    command: Option<DemoCommand>,
 }
 
 #[derive(Clone, Debug, clap::Subcommand)]
-enum Part {
+enum DemoCommand {
     /// Only the origin: a static file server that logs each request.
     Origin {
         /// What to serve.
@@ -90,9 +90,9 @@ pub fn run(args: DemoArgs) -> ExitCode {
         }
     };
     let result = runtime.block_on(async {
-        match args.part {
-            Some(Part::Origin { dir, listen }) => serve_files(dir, listen).await,
-            Some(Part::Certs {
+        match args.command {
+            Some(DemoCommand::Origin { dir, listen }) => serve_files(dir, listen).await,
+            Some(DemoCommand::Certs {
                 dir,
                 nodes,
                 hand_out,

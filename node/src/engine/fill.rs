@@ -19,7 +19,7 @@ use super::tags::OtherTags;
 use crate::budget::Permit;
 use crate::flight::{FillError, Flight, SliceReader, Source};
 use crate::manifest::Manifest;
-use crate::origin::{self, OriginAnswer, OriginBody, OriginError, Wanted};
+use crate::origin::{self, OriginAnswer, OriginAsk, OriginBody, OriginError};
 use crate::plan::weakly_equal;
 use crate::slice::{PAGE_BYTES, Slice, SliceParts};
 use crate::stitch::Fault;
@@ -685,14 +685,14 @@ impl Engine {
                 if asked.is_empty() {
                     return Ok(());
                 }
-                let wanted = Wanted {
+                let ask = OriginAsk {
                     head: false,
                     range: Some(asked.clone()),
                     open_range: None,
                     fields: condition,
                 };
                 let asked_at = Instant::now();
-                let answer = self.inner.origin.get(&fill.request, &wanted).await?;
+                let answer = self.inner.origin.get(&fill.request, &ask).await?;
                 self.judge_slice_answer(fill, &asked, &answer, by_date)?;
                 if !by_date {
                     self.other_tags().heard_own(fill.slice.generation, asked_at);

@@ -17,7 +17,7 @@ use pingora_slice_cluster::Generation;
 use pingora_slice_cluster::wire::{Informational, Resolution};
 
 use super::resolve::{Act, Probe, update};
-use super::together::{Outcome, Resolve};
+use super::together::{ManifestFlight, Outcome};
 use super::{Engine, Forwarded, Relay, RelayBody, Request};
 use crate::budget::Budget;
 use crate::freshness::unix_ms;
@@ -90,13 +90,13 @@ impl HeldPart {
 
 /// A range that the origin gave, other than a slice of ours.
 #[derive(Clone, Copy)]
-pub(super) struct Part {
+pub(super) struct PartRange {
     start: u64,
     end: u64,
     total: u64,
 }
 
-impl Part {
+impl PartRange {
     /// Most slices that a part is cut into.
     const SLICES_MAX: u64 = 1024;
 
@@ -105,16 +105,16 @@ impl Part {
         request: &Request,
         range: Option<ContentRange>,
         length: Option<u64>,
-    ) -> Option<Part> {
-        let part = Part::of(range?)?;
+    ) -> Option<PartRange> {
+        let part = PartRange::of(range?)?;
         let headers = manifest::to_map(&request.origin.headers);
         let wanted = plan::single_range(&headers, part.total)?;
         let consistent = length.is_none_or(|length| length == part.end - part.start);
         (consistent && wanted == (part.start..part.end)).then_some(part)
     }
 
-    fn of(range: ContentRange) -> Option<Part> {
-        Some(Part {
+    fn of(range: ContentRange) -> Option<PartRange> {
+        Some(PartRange {
             start: range.first?,
             end: range.last + 1,
             total: range.total?,
@@ -124,12 +124,16 @@ impl Part {
     /// An answer to `bytes=-count` that has as many bytes, under a label that
     /// counts one more: from an origin that takes the last byte's position for
     /// the end. The bytes are what was asked for, and the object ends with them.
-    fn off_by_one(count: u64, range: Option<ContentRange>, length: Option<u64>) -> Option<Part> {
-        let label = Part::of(range?)?;
+    fn off_by_one(
+        count: u64,
+        range: Option<ContentRange>,
+        length: Option<u64>,
+    ) -> Option<PartRange> {
+        let label = PartRange::of(range?)?;
         let is_so = length == Some(count)
             && label.end == label.total
             && label.end - label.start == count + 1;
-        is_so.then_some(Part {
+        is_so.then_some(PartRange {
             end: label.end - 1,
             total: label.total - 1,
             ..label
@@ -148,7 +152,7 @@ impl Part {
             common = gcd(common, u64::from(bytes_max));
         }
         let slices = (self.end - self.start).div_ceil(common);
-        let few = slices <= Part::SLICES_MAX && self.end - self.start <= PART_BYTES_MAX;
+        let few = slices <= PartRange::SLICES_MAX && self.end - self.start <= PART_BYTES_MAX;
         u32::try_from(common).ok().filter(|_| few)
     }
 }
@@ -219,26 +223,26 @@ impl Engine {
         request: &Request,
         probe: &mut Probe,
         answer: OriginAnswer,
-        flight: &Arc<Resolve>,
+        flight: &Arc<ManifestFlight>,
     ) -> Act {
         let range = origin::content_range(&answer.headers);
         match probe.open.take() {
             Some(OpenRange::Suffix(count)) => {
-                if let Some(part) = Part::answering(request, range, answer.length) {
+                if let Some(part) = PartRange::answering(request, range, answer.length) {
                     return Act::Done(self.part(request, part, None, answer, flight).await);
                 }
                 // A label of another range, but consistent in itself: the next
                 // request may complete it.
-                let labelled = range.and_then(Part::of).filter(|part| {
+                let labelled = range.and_then(PartRange::of).filter(|part| {
                     answer.length == Some(part.end - part.start) && part.end - part.start == count
                 });
-                let off_by_one = Part::off_by_one(count, range, answer.length);
+                let off_by_one = PartRange::off_by_one(count, range, answer.length);
                 if let Some(part) = labelled.or(off_by_one) {
                     return Act::Done(self.passed_part(request, part, answer, flight).await);
                 }
             }
             Some(OpenRange::Rest(held)) => {
-                let rest = range.and_then(Part::of).filter(|rest| {
+                let rest = range.and_then(PartRange::of).filter(|rest| {
                     let etag = answer.headers.get(http::header::ETAG);
                     rest.start == held.end()
                         && rest.end == rest.total
@@ -273,10 +277,10 @@ impl Engine {
     pub(super) async fn part(
         &self,
         request: &Request,
-        mut part: Part,
+        mut part: PartRange,
         held: Option<HeldPart>,
         mut answer: OriginAnswer,
-        flight: &Arc<Resolve>,
+        flight: &Arc<ManifestFlight>,
     ) -> Outcome {
         let keepable = self.keepable(request, &part, &answer, flight).await;
         let Some((mut headers, freshness)) = keepable else {
@@ -298,7 +302,7 @@ impl Engine {
         if let Some(held) = same
             && let Some((start, all)) = held.joined(part.start, &bytes)
         {
-            let joined = Part {
+            let joined = PartRange {
                 start,
                 end: start + all.len() as u64,
                 ..part
@@ -322,9 +326,9 @@ impl Engine {
     async fn passed_part(
         &self,
         request: &Request,
-        part: Part,
+        part: PartRange,
         mut answer: OriginAnswer,
-        flight: &Arc<Resolve>,
+        flight: &Arc<ManifestFlight>,
     ) -> Outcome {
         let keepable = self.keepable(request, &part, &answer, flight).await;
         let Some((headers, freshness)) = keepable else {
@@ -351,9 +355,9 @@ impl Engine {
     async fn keepable(
         &self,
         request: &Request,
-        part: &Part,
+        part: &PartRange,
         answer: &OriginAnswer,
-        flight: &Resolve,
+        flight: &ManifestFlight,
     ) -> Option<(HeaderMap, manifest::Freshness)> {
         let mut headers = answer.headers.clone();
         origin::strip_framing(&mut headers);
@@ -372,11 +376,11 @@ impl Engine {
     fn keep_answer(
         &self,
         request: &Request,
-        part: Part,
+        part: PartRange,
         bytes: Bytes,
         answer: &OriginAnswer,
         freshness: manifest::Freshness,
-        flight: &Arc<Resolve>,
+        flight: &Arc<ManifestFlight>,
     ) -> Option<Arc<Stored>> {
         let mut version = self.version(answer, Some(part.total), true);
         version.slice_bytes = part.slice_bytes(self.inner.config.slice_bytes)?;

@@ -14,14 +14,14 @@ use pingora_slice_cluster::wire::{Informational, Resolution, Version};
 use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use rand::Rng;
 
-use super::part::{OpenRange, Part};
+use super::part::{OpenRange, PartRange};
 use super::tags::NewTags;
-use super::together::{Outcome, Resolve};
+use super::together::{ManifestFlight, Outcome};
 use super::{Engine, Failure, Fill, Forwarded, Relay, RelayBody, Request, holds_what_is_wanted};
 use crate::config::OriginProbe;
 use crate::freshness::{self, Demands, NotStored, TAGS_MAX, unix_ms};
 use crate::manifest::{self, Freshness, Manifest, Stored};
-use crate::origin::{self, OriginAnswer, OriginError, Wanted};
+use crate::origin::{self, OriginAnswer, OriginAsk, OriginError};
 use crate::plan;
 use crate::stitch::Fault;
 use crate::url::Url;
@@ -44,7 +44,7 @@ impl Engine {
         &self,
         request: &Request,
         held: Option<Arc<Stored>>,
-        flight: &Arc<Resolve>,
+        flight: &Arc<ManifestFlight>,
     ) -> Outcome {
         let total = self.inner.config.origin_timeouts.total;
         let asking = self.ask_until_answered(request, held.clone(), flight);
@@ -64,17 +64,17 @@ impl Engine {
         &self,
         request: &Request,
         held: Option<Arc<Stored>>,
-        flight: &Arc<Resolve>,
+        flight: &Arc<ManifestFlight>,
     ) -> Outcome {
         let mut probe = Probe::of(self, request, held.clone());
         probe.open = self.open_range(request, held.as_ref(), flight.gone).await;
         if self.inner.config.origin_probe == OriginProbe::Head && held.is_none() {
-            let wanted = Wanted {
+            let ask = OriginAsk {
                 head: true,
-                ..Wanted::default()
+                ..OriginAsk::default()
             };
             // A failure will show again in the loop, which can deal with it.
-            if let Ok(mut answer) = self.inner.origin.get(&request.origin, &wanted).await {
+            if let Ok(mut answer) = self.inner.origin.get(&request.origin, &ask).await {
                 probe.learn(&answer);
                 // The connection can be used again after the end.
                 let _ = answer.body.next().await;
@@ -90,9 +90,9 @@ impl Engine {
                 .as_ref()
                 .filter(|_| probe.may_confirm)
                 .filter(|object| self.may_be_confirmed(object, request, flight.gone));
-            let wanted = probe.wanted(confirm);
+            let ask = probe.ask(confirm);
             let is_last = attempt >= self.inner.config.max_retries;
-            match self.inner.origin.get(&request.origin, &wanted).await {
+            match self.inner.origin.get(&request.origin, &ask).await {
                 Ok(mut answer) => {
                     flight.note_informational(std::mem::take(&mut answer.informational));
                     if is_passing_failure(answer.status)
@@ -231,7 +231,7 @@ impl Engine {
         confirm: Option<&Arc<Stored>>,
         probe: &mut Probe,
         mut answer: OriginAnswer,
-        flight: &Arc<Resolve>,
+        flight: &Arc<ManifestFlight>,
     ) -> Act {
         let is_empty = answer.length == Some(0) && answer.status != 205;
         if is_empty || matches!(answer.status, 204 | 304) {
@@ -274,7 +274,7 @@ impl Engine {
                     Some(total) if length_fits && !encoded => {
                         self.sliced(request, probe, total, answer, flight).await
                     }
-                    _ if let Some(part) = Part::answering(request, range, answer.length) => {
+                    _ if let Some(part) = PartRange::answering(request, range, answer.length) => {
                         let held = self.held_part(request, flight.gone).await;
                         Act::Done(self.part(request, part, held, answer, flight).await)
                     }
@@ -373,7 +373,7 @@ impl Engine {
         probe: &mut Probe,
         total: u64,
         mut answer: OriginAnswer,
-        flight: &Arc<Resolve>,
+        flight: &Arc<ManifestFlight>,
     ) -> Act {
         let covers_all = probe
             .range
@@ -454,7 +454,7 @@ impl Engine {
         request: &Request,
         status: u16,
         answer: OriginAnswer,
-        flight: &Arc<Resolve>,
+        flight: &Arc<ManifestFlight>,
     ) -> Outcome {
         let too_large = match (self.inner.config.max_object_bytes, answer.length) {
             (Some(max), Some(length)) => length > max,
@@ -492,7 +492,7 @@ impl Engine {
         request: &Request,
         status: u16,
         why: Option<NotStored>,
-        flight: &Resolve,
+        flight: &ManifestFlight,
     ) {
         tracing::debug!(url = %request.url, why = why.map_or("too-large", NotStored::as_str), "not stored");
         if self.takes_away(request, status, why).await {
@@ -523,7 +523,7 @@ impl Engine {
         true
     }
 
-    pub(super) fn relay(&self, mut answer: OriginAnswer, flight: &Arc<Resolve>) -> Outcome {
+    pub(super) fn relay(&self, mut answer: OriginAnswer, flight: &Arc<ManifestFlight>) -> Outcome {
         answer.headers.remove(http::header::CONTENT_LENGTH);
         flight.put_relay(Relay {
             status: answer.status,
@@ -730,7 +730,7 @@ impl Probe {
         self.index = 0;
     }
 
-    fn wanted(&self, confirm: Option<&Arc<Stored>>) -> Wanted {
+    fn ask(&self, confirm: Option<&Arc<Stored>>) -> OriginAsk {
         let mut fields = Vec::new();
         if let Some(OpenRange::Rest(held)) = &self.open
             && let Some(etag) = held.quoted_etag()
@@ -745,7 +745,7 @@ impl Probe {
                 fields.push((IF_MODIFIED_SINCE, date.clone()));
             }
         }
-        Wanted {
+        OriginAsk {
             head: false,
             range: self.range.clone(),
             open_range: self.open.as_ref().map(OpenRange::value),

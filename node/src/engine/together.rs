@@ -19,34 +19,34 @@ use crate::manifest::{self, Stored};
 /// tell that the object varies, the next is for its own variant.
 const JOINS_MAX: usize = 3;
 
-/// Whom a resolve asks.
+/// Whom a request for a manifest asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Asked {
+enum Whom {
     Owners,
     Origin,
 }
 
-/// The resolves under way, by the key under which a manifest will be kept, as
+/// The requests under way, by the key under which a manifest will be kept, as
 /// far as it is known that the object varies, and whether credentials are sent:
 /// what those bring is rarely for others. Those that ask other nodes are
 /// apart, so that answering a peer never waits on one (invariant 3).
 #[derive(Default)]
-pub(super) struct Resolves {
-    at_owners: Mutex<HashMap<(u128, bool), Arc<Resolve>>>,
-    at_origin: Mutex<HashMap<(u128, bool), Arc<Resolve>>>,
+pub(super) struct ManifestFlights {
+    at_owners: Mutex<HashMap<(u128, bool), Arc<ManifestFlight>>>,
+    at_origin: Mutex<HashMap<(u128, bool), Arc<ManifestFlight>>>,
 }
 
-impl Resolves {
-    fn of(&self, asked: Asked) -> &Mutex<HashMap<(u128, bool), Arc<Resolve>>> {
-        match asked {
-            Asked::Owners => &self.at_owners,
-            Asked::Origin => &self.at_origin,
+impl ManifestFlights {
+    fn of(&self, whom: Whom) -> &Mutex<HashMap<(u128, bool), Arc<ManifestFlight>>> {
+        match whom {
+            Whom::Owners => &self.at_owners,
+            Whom::Origin => &self.at_origin,
         }
     }
 }
 
 /// One request for a manifest, and those who wait for it.
-pub(super) struct Resolve {
+pub(super) struct ManifestFlight {
     /// Purge index applied before it began (rule 1).
     pub(super) stamp: PurgeIndex,
     pub(super) gone: Option<Generation>,
@@ -61,7 +61,7 @@ pub(super) struct Resolve {
     pub(super) took_away: AtomicBool,
 }
 
-impl Resolve {
+impl ManifestFlight {
     /// Whether other nodes must be told: they may still answer from `old` unasked.
     /// Those that serve it stale ask its owner first, and hear of a new version
     /// there, but not that there is none to keep.
@@ -128,16 +128,16 @@ impl Resolve {
 /// Ends a resolve when it is dropped, which a panic does too.
 struct Ending<'a> {
     engine: &'a Engine,
-    asked: Asked,
+    whom: Whom,
     at: (u128, bool),
-    flight: &'a Arc<Resolve>,
+    flight: &'a Arc<ManifestFlight>,
     outcome: Outcome,
 }
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         // Off the list first: whoever comes now must not get an answer from before.
-        if let Ok(mut map) = self.engine.inner.resolves.of(self.asked).lock()
+        if let Ok(mut map) = self.engine.inner.manifest_flights.of(self.whom).lock()
             && let Some(listed) = map.get(&self.at)
             && Arc::ptr_eq(listed, self.flight)
         {
@@ -190,7 +190,7 @@ impl Engine {
         if request.demands != Demands::default() {
             return self.ask_owners(request, held, gone).await;
         }
-        let together = self.resolve_together(Asked::Owners, request, &None, gone, true);
+        let together = self.resolve_together(Whom::Owners, request, &None, gone, true);
         match together.await {
             Ok(resolved) => Some(resolved),
             Err(Apart::NoOwner) => None,
@@ -208,14 +208,14 @@ impl Engine {
         gone: Option<Generation>,
         may_join: bool,
     ) -> Resolved {
-        self.resolve_together(Asked::Origin, request, &held, gone, may_join)
+        self.resolve_together(Whom::Origin, request, &held, gone, may_join)
             .await
             .unwrap_or(Resolved::Pass("contended"))
     }
 
     async fn resolve_together(
         &self,
-        asked: Asked,
+        whom: Whom,
         request: &Request,
         held: &Option<Held>,
         gone: Option<Generation>,
@@ -223,7 +223,7 @@ impl Engine {
     ) -> Result<Resolved, Apart> {
         let mut unfit = None;
         for _ in 0..JOINS_MAX {
-            let joined = self.join(asked, request, held, gone, may_join, unfit.as_ref());
+            let joined = self.join(whom, request, held, gone, may_join, unfit.as_ref());
             let (flight, started) = match joined {
                 Ok(joined) => joined,
                 Err(why) => return Ok(Resolved::Pass(why)),
@@ -239,7 +239,7 @@ impl Engine {
                     // owner had stored needs a lease, after the wait (rule 7).
                     let fits = started
                         || (self.serves(&object, resolution, request, gone)
-                            && (asked == Asked::Origin || self.inner.cluster.may_serve()));
+                            && (whom == Whom::Origin || self.inner.cluster.may_serve()));
                     if !fits {
                         unfit = Some(flight);
                         continue;
@@ -297,13 +297,13 @@ impl Engine {
     /// (rule 6); or why the request is passed on instead.
     fn join(
         &self,
-        asked: Asked,
+        whom: Whom,
         request: &Request,
         held: &Option<Held>,
         gone: Option<Generation>,
         may_join: bool,
-        unfit: Option<&Arc<Resolve>>,
-    ) -> Result<(Arc<Resolve>, bool), &'static str> {
+        unfit: Option<&Arc<ManifestFlight>>,
+    ) -> Result<(Arc<ManifestFlight>, bool), &'static str> {
         let hash_key = self.hash_key().ok_or("not-ready")?;
         let subject = Subject::new(
             &hash_key,
@@ -319,7 +319,7 @@ impl Engine {
             _ => request.key.0,
         };
         let at = (at, request.demands.authorized);
-        let under_way = self.inner.resolves.of(asked);
+        let under_way = self.inner.manifest_flights.of(whom);
         let mut map = under_way.lock().expect("no panic while held");
         if may_join
             && let Some(flight) = map.get(&at)
@@ -335,7 +335,7 @@ impl Engine {
             }
             return Ok((flight.clone(), false));
         }
-        let flight = Arc::new(Resolve {
+        let flight = Arc::new(ManifestFlight {
             stamp: self.inner.cluster.applied(),
             gone,
             outcome: watch::Sender::new(None),
@@ -352,7 +352,7 @@ impl Engine {
         self.inner.runtime.spawn(async move {
             let mut end = Ending {
                 engine: &engine,
-                asked,
+                whom,
                 at,
                 flight: &begun,
                 outcome: Outcome::Failed {
@@ -363,7 +363,7 @@ impl Engine {
             // The flight before ours may have landed after we missed.
             end.outcome = match engine.landed_meanwhile(&request, gone).await {
                 Some(object) => Outcome::Object(object, Resolution::Hit),
-                None if asked == Asked::Owners => {
+                None if whom == Whom::Owners => {
                     let answer = engine.ask_owners(&request, None, gone).await;
                     begun.outcome_of(answer)
                 }

@@ -22,7 +22,7 @@ use super::resolve::back_off;
 use super::{Engine, Fill, Request};
 use crate::flight::{FillError, Flight, Source};
 use crate::manifest::Manifest;
-use crate::origin::{OriginBody, Wanted};
+use crate::origin::{OriginAsk, OriginBody};
 use crate::slice::PAGE_BYTES;
 
 /// Slices that a body may run ahead of its foremost reader.
@@ -321,7 +321,7 @@ impl Engine {
     ) -> Result<Ended, FillError> {
         let slice_bytes = fill.version.slice_bytes;
         let known = fill.version.length;
-        let mut stored = Stored::Kept;
+        let mut keeping = Keeping::Kept;
         let mut is_unread = false;
         let mut at = 0u64;
         for index in 0.. {
@@ -335,11 +335,11 @@ impl Engine {
                     false => AHEAD,
                 };
                 // A reader who pauses would miss what cannot be had again.
-                let read_on = match stored {
-                    Stored::Kept if !(is_tight && is_held(fill)) => {
+                let read_on = match keeping {
+                    Keeping::Kept if !(is_tight && is_held(fill)) => {
                         READ_ON_BYTES_MAX / u64::from(slice_bytes)
                     }
-                    Stored::Kept | Stored::Passing => 0,
+                    Keeping::Kept | Keeping::Passing => 0,
                 };
                 let wanted = whole.until_wanted(index, ahead, read_on, is_unread);
                 is_unread = match self.shedding(fill, whole, wanted).await {
@@ -364,20 +364,20 @@ impl Engine {
                     .supply(fill, manifest, &mut supply, at, slice.end - at)
                     .await?
                 else {
-                    if let (Stored::Kept, None, Some(manifest)) = (stored, known, manifest)
+                    if let (Keeping::Kept, None, Some(manifest)) = (keeping, known, manifest)
                         && self.is_current(fill).await
                     {
                         let mut manifest = manifest.clone();
                         manifest.version.length = Some(at);
                         self.keep(fill.key, manifest);
                     }
-                    self.finish_slice(fill, whole, flight, stored);
+                    self.finish_slice(fill, whole, flight, keeping);
                     return Ok(Ended::Whole);
                 };
                 let end = at + bytes.len() as u64;
-                if known.is_none() && self.is_too_large(end) && stored == Stored::Kept {
+                if known.is_none() && self.is_too_large(end) && keeping == Keeping::Kept {
                     // It passes without a trace: for those who read it now.
-                    stored = Stored::Passing;
+                    keeping = Keeping::Passing;
                     for authorized in [false, true] {
                         self.inner.uncacheable.note(fill.key, authorized);
                     }
@@ -396,7 +396,7 @@ impl Engine {
                 }
                 at = end;
             }
-            self.finish_slice(fill, whole, flight.take(), stored);
+            self.finish_slice(fill, whole, flight.take(), keeping);
             if known == Some(at) {
                 // Reads the framing's end, so that the connection can be used again.
                 if let Some(body) = &mut supply.body {
@@ -486,7 +486,7 @@ impl Engine {
             .length
             .filter(|_| may_resume)
             .map(|end| at..end);
-        let wanted = Wanted {
+        let ask = OriginAsk {
             head: false,
             fields: range
                 .as_ref()
@@ -495,8 +495,8 @@ impl Engine {
             range,
             open_range: None,
         };
-        let answer = self.inner.origin.get(&fill.request, &wanted).await?;
-        if let (206, Some(range)) = (answer.status, &wanted.range) {
+        let answer = self.inner.origin.get(&fill.request, &ask).await?;
+        if let (206, Some(range)) = (answer.status, &ask.range) {
             self.judge_slice_answer(fill, range, &answer, false)?;
             return Ok((answer.body, 0));
         }
@@ -531,14 +531,14 @@ impl Engine {
         fill: &Fill,
         whole: &Whole,
         flight: Option<Arc<Flight>>,
-        stored: Stored,
+        keeping: Keeping,
     ) {
         let Some(flight) = flight else { return };
         let fill = fill.at(flight.id.index);
         flight.finish(Ok(()));
-        match stored {
-            Stored::Kept => self.land(&fill, &flight),
-            Stored::Passing => self.land_in_memory(&fill, &flight),
+        match keeping {
+            Keeping::Kept => self.land(&fill, &flight),
+            Keeping::Passing => self.land_in_memory(&fill, &flight),
         }
         let mut state = whole.lock();
         state.current = None;
@@ -675,7 +675,7 @@ fn is_origins_failure(ended: &Result<Ended, FillError>) -> bool {
 
 /// Whether a body's slices are kept.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Stored {
+enum Keeping {
     Kept,
     /// Too large: only for those who read it as it passes.
     Passing,

@@ -32,7 +32,7 @@ use pingora_slice_cluster::wire::Resolution;
 use pingora_slice_cluster::{Generation, ObjectKey};
 use tokio::io::AsyncWriteExt;
 
-use super::{Asked, Front, patiently, until_total};
+use super::{Disposition, Front, patiently, until_total};
 use crate::engine::{Found, Request, Resolved};
 use crate::flight::{FillError, Form, Source};
 use crate::head;
@@ -98,7 +98,7 @@ impl Front {
         let started = Instant::now();
         let _under_way = self.under_way();
         let fields = Arc::new(head.headers.clone());
-        let Asked::Cacheable(request) = self.request(head, &fields) else {
+        let Disposition::Cacheable(request) = self.request(head, &fields) else {
             return Ok(Directly::Not(None));
         };
         let known = |resolved, gone| {
