@@ -43,7 +43,7 @@ use tokio::sync::watch;
 
 use crate::budget::{Budget, Permit};
 use crate::config::Config;
-use crate::flight::{Flights, SliceReader, Source};
+use crate::flight::{FillError, Flights, SliceReader, Source};
 use crate::freshness::{self, Demands, NotStored, Policy, Use, unix_ms};
 use crate::l1::{Kept, L1};
 use crate::l2::L2;
@@ -437,25 +437,46 @@ impl Engine {
         .then(|| Found::stored(object, Resolution::Hit))
     }
 
-    /// The wanted bytes of a slice, and where they lay, if that is in memory, or
-    /// on disk and not worth a place in memory. Nobody is asked.
+    /// The wanted bytes of a slice, a page at most, and where they lay, if that is in
+    /// memory, or on disk or with the slice's owner and not worth a place in memory.
+    ///
+    /// # Errors
+    /// The owner cannot give them.
     pub async fn at_hand(
         &self,
-        key: ObjectKey,
+        request: &Request,
         found: &Found,
         touched: &Touched,
-    ) -> Option<(Bytes, Source)> {
+    ) -> Result<Option<(Bytes, Source)>, FillError> {
         let id = found.slice_id(touched.index);
         self.inner.wholes.note(&id);
         if let Some(slice) = self.inner.l1.slice(&id) {
             let wanted = touched.start as usize..touched.end as usize;
-            return (wanted.end <= slice.len() && slice.is_intact_in(wanted.clone()))
-                .then(|| (slice.bytes().slice(wanted), Source::L1));
+            let is_intact = wanted.end <= slice.len() && slice.is_intact_in(wanted.clone());
+            return Ok(is_intact.then(|| (slice.bytes().slice(wanted), Source::L1)));
         }
-        let (wanted, manifest) = (touched.end - touched.start, &found.object.manifest);
-        if !self.is_keeper(key, manifest.place(touched.index)) {
-            return None;
+        let manifest = &found.object.manifest;
+        match self.is_keeper(request.key, manifest.place(touched.index)) {
+            true => Ok(self.little_on_disk(id, manifest, touched).await),
+            false => {
+                let fill = Fill::of(request.key, manifest, &request.origin, touched.index);
+                let Some(reader) = self.open_little(&fill, touched) else {
+                    return Ok(None);
+                };
+                let flight = reader.flight().clone();
+                let bytes = reader.all().await?;
+                Ok(bytes.map(|bytes| (bytes, flight.source().unwrap_or(Source::Peer))))
+            }
         }
+    }
+
+    async fn little_on_disk(
+        &self,
+        id: SliceId,
+        manifest: &Manifest,
+        touched: &Touched,
+    ) -> Option<(Bytes, Source)> {
+        let wanted = touched.end - touched.start;
         let slice_bytes = u64::from(manifest.version.slice_bytes);
         let start = u64::from(touched.index) * slice_bytes;
         // The last one is shorter, and the only one of a small object.
@@ -597,8 +618,16 @@ impl Engine {
             return reader;
         }
         let fill = Fill::of(request.key, manifest, &request.origin, touched.index);
-        self.open_cached(&fill, &touched, &ahead)
-            .unwrap_or_else(|| self.open_fill(fill, touched, ahead))
+        if let Some(reader) = self.open_little(&fill, &touched) {
+            return self.read_flight(reader, false, false);
+        }
+        let is_ahead = ahead.is_some();
+        let permit = ahead.or_else(|| self.inner.budget.ahead(fill.end().into()));
+        let opened = match &permit {
+            Some(permit) => self.open_cached(&fill, &touched, permit, is_ahead),
+            None => self.open_page(&fill, &touched),
+        };
+        opened.unwrap_or_else(|| self.open_fill(fill, touched, permit))
     }
 
     /// The memory budget.

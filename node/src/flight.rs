@@ -19,7 +19,7 @@ use pingora_slice_cluster::wire::Part;
 use tokio::sync::watch;
 
 use crate::budget::{Budget, Permit};
-use crate::slice::{PAGE_BYTES, Slice, SliceParts, Sums};
+use crate::slice::{PAGE_BYTES, Slice, SliceParts, Sums, pages};
 
 /// Parts smaller than this are joined: a part costs some 100 bytes besides its own.
 const JOINED_BYTES_MAX: usize = 4096;
@@ -222,11 +222,26 @@ impl Flight {
 
     /// Adds all of a slice that was stored, and has just been checked.
     pub fn land_stored(&self, slice: &Slice, source: Source) {
+        self.land_views(slice.checked_parts(), slice.len(), source);
+    }
+
+    /// Adds bytes of a slice that was stored, and have just been checked.
+    pub fn land_read(&self, bytes: Bytes, source: Source) {
+        let views_of = bytes.len();
+        // They lie in what was read for them, which may be more.
+        let bytes = match views_of > PAGE_BYTES {
+            true => bytes,
+            false => copy_of(&bytes),
+        };
+        self.land_views(pages(bytes), views_of, source);
+    }
+
+    fn land_views(&self, parts: impl IntoIterator<Item = Part>, of: usize, source: Source) {
         let mut landed = self.landed();
         landed.source = Some(source);
-        landed.views_of = Some(slice.len());
-        landed.bytes += slice.len() as u32;
-        landed.parts.extend(slice.checked_parts());
+        landed.views_of = Some(of);
+        landed.bytes += of as u32;
+        landed.parts.extend(parts);
         drop(landed);
         self.news.send_replace(());
     }
@@ -280,6 +295,11 @@ impl Flight {
     /// Bytes landed so far, counted from the start of `range`.
     pub fn bytes(&self) -> u32 {
         self.landed().bytes
+    }
+
+    /// The slice's byte that lands next.
+    pub fn next_byte(&self) -> u32 {
+        self.range.start + self.bytes()
     }
 
     /// How it ended, if it has.
@@ -371,6 +391,19 @@ impl FlightReader {
             // The flight is held, so its sender is there.
             let _ = self.news.changed().await;
         }
+    }
+
+    /// All that was wanted, in one run; `None`: it ended short.
+    ///
+    /// # Errors
+    /// As [`FlightReader::next`].
+    pub async fn all(mut self) -> Result<Option<Bytes>, FillError> {
+        let wanted = (self.end - self.at) as usize;
+        let mut bytes = BytesMut::with_capacity(wanted);
+        while let Some(part) = self.next().await {
+            bytes.extend_from_slice(&part?.bytes);
+        }
+        Ok((bytes.len() == wanted).then(|| bytes.freeze()))
     }
 
     /// The flight that is followed.
@@ -548,6 +581,8 @@ pub enum SliceReader {
         budget: Budget,
         /// For the buffer that the flight's parts are views of.
         pin: Option<Permit>,
+        /// What follows is to be opened again.
+        more: bool,
     },
 }
 
@@ -616,7 +651,10 @@ impl SliceReader {
 
     /// Whether what follows is to be opened again.
     pub fn has_more(&self) -> bool {
-        matches!(self, SliceReader::Copied { more: true, .. })
+        matches!(
+            self,
+            SliceReader::Copied { more: true, .. } | SliceReader::Flight { more: true, .. }
+        )
     }
 
     /// Whether what is read has ended, before this byte of the slice.
@@ -799,6 +837,7 @@ mod tests {
             joined: false,
             budget,
             pin: None,
+            more: false,
         }
     }
 

@@ -135,6 +135,14 @@ impl Slice {
     }
 }
 
+/// Bytes that have just been checked, in parts of a page.
+pub fn pages(mut bytes: Bytes) -> impl Iterator<Item = Part> {
+    std::iter::from_fn(move || {
+        let page = bytes.split_to(bytes.len().min(PAGE_BYTES));
+        (!page.is_empty()).then(|| Part::new(page))
+    })
+}
+
 /// A slice as it landed: its bytes in parts, each where it came to lie. Cheap to
 /// clone.
 #[derive(Clone, Debug)]

@@ -236,6 +236,43 @@ async fn with_room_for_16_slices() -> TestCluster {
         .await
 }
 
+/// Clients that take what is stored, slowly, do not wait for one another: whatever
+/// their number, half of the memory for slices on their way is left.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_clients_leave_half_of_the_memory_to_others() {
+    const CLIENTS: u64 = 60;
+    let cluster = Options::cluster(3)
+        .set("l1_cache_size_bytes", "1m")
+        .set("memory_budget", "120m")
+        .set("client_timeouts", "{write: 1h, min_rate: 0}")
+        .start()
+        .await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", 64 * MIB);
+    node.read(&film).await;
+    let all = part(node, "memory_budget_bytes", "transfers").await;
+    let mut most = 0;
+    let clients = stall(node, &film, CLIENTS).await;
+    let reading = stream::iter(clients).for_each_concurrent(None, async |mut client| {
+        for _ in 0..8 {
+            client.take(&film, 100 * 1024).await;
+            // As slowly as it may without being taken for one that stalls.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    });
+    let looking = async {
+        loop {
+            most = most.max(part(node, "memory_taken_bytes", "transfers").await);
+        }
+    };
+    tokio::select! {
+        () = reading => {}
+        () = looking => unreachable!("it has no end"),
+    }
+    assert!(most <= all / 2 + 2 * SLICE_BYTES, "{most} of {all}");
+    assert_eq!(node.metric("memory_refusals_total").await, 0.0);
+}
+
 /// Waits until clients that take nothing have as much as fits on the way.
 async fn until_they_stall(node: &Node) {
     let mut given = (0.0, Instant::now());

@@ -144,3 +144,37 @@ async fn a_range_at_the_end_of_ten_gibibytes_starts_in_time() {
         );
     }
 }
+
+/// What little is wanted of a slice that another node has crosses as little: not
+/// the slice, but for a quarter of the bytes, which bring what is asked for often.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_range_of_a_peers_slice_costs_its_bytes() {
+    const RANGE: u64 = 8 * 1024;
+    const RANGES: u64 = 300;
+    let cluster = Options::cluster(3)
+        .set("l1_cache_size_bytes", "1m")
+        .start()
+        .await;
+    let film = cluster.origin.publish("/film", 256 * SLICE_BYTES);
+    let node = cluster.node(1);
+    node.read(&film).await;
+    let origin_bytes = node.metric("bytes_from_origin_total").await;
+    let before = node.metric("bytes_from_peers_total").await;
+    for n in 0..RANGES {
+        // No slice twice before all have been asked for.
+        let first = n * 5 % 256 * SLICE_BYTES + 777 * (n + 1);
+        let range = format!("bytes={first}-{}", first + RANGE - 1);
+        let reply = node.ask(Ask::get("/film").range(&range)).await;
+        assert_eq!(reply.status, 206);
+        assert_eq!(reply.body, film.content().bytes(first..first + RANGE));
+    }
+    let crossed = node.metric("bytes_from_peers_total").await - before;
+    let wanted = (RANGES * RANGE) as f64;
+    assert!(crossed > wanted / 3.0, "{crossed} of {wanted}");
+    assert!(crossed < 2.0 * wanted, "{crossed} for {wanted}");
+    assert_eq!(
+        node.metric("bytes_from_origin_total").await,
+        origin_bytes,
+        "the origin gives nothing twice"
+    );
+}

@@ -11,13 +11,16 @@ use pingora_slice_cluster::wire::{
     Answer, Ask, Informational, Part, Resolution, ResolveAsk, SliceAsk, SliceOrigin,
 };
 
-use super::{Engine, Failure, Fill, Forwarded, Found, Held, RelayBody, Request, Resolved, Verdict};
+use super::{
+    Engine, Failure, Fill, Forwarded, Found, Held, RelayBody, Request, Resolved, Verdict,
+    is_worth_reading_whole,
+};
 use crate::admin::Inspect;
 use crate::budget::Permit;
 use crate::flight::{FillError, FlightReader};
 use crate::freshness::{Demands, Use};
 use crate::manifest::{self, Record};
-use crate::slice::PAGE_BYTES;
+use crate::slice::{PAGE_BYTES, pages};
 use crate::url::Url;
 
 /// How long an owner may take to catch up with an asker's floor (rule 7).
@@ -134,14 +137,7 @@ impl Engine {
                 }
                 let body = match relay.body {
                     RelayBody::Peer(body) => body,
-                    RelayBody::Bytes(mut rest) => {
-                        let mut parts = Vec::new();
-                        while !rest.is_empty() {
-                            let part = rest.split_to(rest.len().min(PAGE_BYTES));
-                            parts.push(Ok(Part::new(part)));
-                        }
-                        stream::iter(parts).boxed()
-                    }
+                    RelayBody::Bytes(rest) => stream::iter(pages(rest).map(Ok)).boxed(),
                     RelayBody::Origin(body) => {
                         // For its connection's buffers.
                         let Some(permit) = self.inner.budget.transfer(0).await else {
@@ -172,22 +168,49 @@ impl Engine {
         }
     }
 
+    /// Memory for an answer to a peer, which has other sources.
+    async fn room_for_peer(&self, bytes: u32) -> Option<Permit> {
+        let waiting = self.inner.budget.transfer(bytes.into());
+        let permit = tokio::time::timeout(PEER_WAIT_MAX, waiting).await;
+        if !matches!(permit, Ok(Some(_))) {
+            self.inner.metrics.memory_refusals_total.inc();
+        }
+        permit.ok()?
+    }
+
     async fn answer_slice(&self, ask: SliceAsk) -> (Answer, Option<Body>) {
         if !self.inner.cluster.reached(ask.stamp, CATCH_UP).await {
             return (Answer::Behind, None);
         }
         self.inner.wholes.note(&ask.slice);
+        let fill = Fill {
+            key: ask.key,
+            slice: ask.slice,
+            place: ask.place,
+            request: ask.request,
+            version: ask.version,
+            stamp: ask.stamp,
+        };
+        let slice_bytes = fill.end();
+        let wanted = ask.end.min(slice_bytes).saturating_sub(ask.start);
+        let is_small = wanted as usize <= PAGE_BYTES;
         // Before anything is read: what waits here holds nothing.
-        let waiting = self.inner.budget.transfer(ask.version.slice_bytes.into());
-        let Ok(Some(permit)) = tokio::time::timeout(PEER_WAIT_MAX, waiting).await else {
-            // The asker has other sources.
-            self.inner.metrics.memory_refusals_total.inc();
+        let permit = self.room_for_peer(if is_small { wanted } else { slice_bytes });
+        let Some(permit) = permit.await else {
             return (Answer::Busy, None);
         };
         if let Some(slice) = self.inner.l1.slice(&ask.slice) {
             let end = (ask.end as usize).min(slice.len());
             match slice.parts((ask.start as usize).min(end)..end) {
-                Some(parts) => return stored(slice.len(), parts, permit),
+                Some(mut parts) => {
+                    if is_small {
+                        // The slice may leave memory meanwhile.
+                        parts.iter_mut().for_each(|part| {
+                            part.bytes = Bytes::copy_from_slice(&part.bytes);
+                        });
+                    }
+                    return stored(slice.len(), parts, permit);
+                }
                 None => self.drop_damaged(ask.slice),
             }
         }
@@ -196,21 +219,18 @@ impl Engine {
             && let Some(l2) = &self.inner.l2
         {
             if ask.start == 0
+                && is_worth_reading_whole(wanted, slice_bytes, rand::random())
                 && let Some(slice) = l2.slice(ask.slice).await
                 && let Some(parts) = match ask.end as usize {
                     end if end < slice.len() => slice.parts(0..end),
                     _ => Some(slice.checked_parts()),
                 }
             {
-                self.keep_if_worth(ask.slice, &ask.version, || slice.clone());
+                self.keep_if_worth(fill.slice, &fill.version, || slice.clone());
                 return stored(slice.len(), parts, permit);
             }
             if let Some(read) = l2.slice_range(ask.slice, ask.start, ask.end).await {
-                let mut rest = read.bytes;
-                let mut parts = Vec::new();
-                while !rest.is_empty() {
-                    parts.push(Part::new(rest.split_to(rest.len().min(PAGE_BYTES))));
-                }
+                let parts = pages(read.bytes).collect();
                 return stored(read.slice_bytes as usize, parts, permit);
             }
         }
@@ -224,13 +244,12 @@ impl Engine {
         } else {
             SliceOrigin::Origin
         };
-        let fill = Fill {
-            key: ask.key,
-            slice: ask.slice,
-            place: ask.place,
-            request: ask.request,
-            version: ask.version,
-            stamp: ask.stamp,
+        let permit = match is_small {
+            true => self.room_for_peer(slice_bytes).await,
+            false => Some(permit),
+        };
+        let Some(permit) = permit else {
+            return (Answer::Busy, None);
         };
         let (flight, started) = self.origin_fill(&fill, Some(permit));
         let mut reader = flight.read(ask.start..ask.end);

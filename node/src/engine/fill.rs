@@ -12,12 +12,12 @@ use pingora_slice_cluster::slice::{Touched, slice_range};
 use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Part, SliceAsk, Version};
 use pingora_slice_cluster::{NodeId, ObjectKey, PurgeIndex, SliceId};
 
-use super::Engine;
 use super::owners::PATIENCE;
 use super::resolve::{back_off, strong_date};
 use super::tags::OtherTags;
+use super::{Engine, is_worth_reading_whole};
 use crate::budget::Permit;
-use crate::flight::{FillError, Flight, SliceReader, Source};
+use crate::flight::{FillError, Flight, FlightReader, Flights, SliceReader, Source};
 use crate::manifest::Manifest;
 use crate::origin::{self, OriginAnswer, OriginAsk, OriginBody, OriginError};
 use crate::plan::weakly_equal;
@@ -98,6 +98,9 @@ impl Fill {
     }
 }
 
+/// Of a slice, one part in so many is little.
+const LITTLE: usize = 2;
+
 /// Why one source gave no (more) bytes: try the next.
 struct NextSource(String);
 
@@ -123,12 +126,11 @@ impl Engine {
         &self,
         fill: &Fill,
         touched: &Touched,
-        ahead: &Option<Permit>,
+        permit: &Permit,
+        is_ahead: bool,
     ) -> Option<SliceReader> {
         let l2 = self.inner.l2.as_ref()?;
         let length = fill.slice_bytes()?;
-        let budget = &self.inner.budget;
-        let pin = ahead.clone().or_else(|| budget.ahead(length.into()))?;
         let slice = l2.slice_now(fill.slice)?;
         if slice.len() != length as usize {
             return None;
@@ -138,28 +140,121 @@ impl Engine {
             slice,
             source: Source::L2,
             // What is read ahead is given later.
-            is_checked: ahead.is_none(),
+            is_checked: !is_ahead,
             wanted: touched.start as usize..touched.end.min(length) as usize,
-            pin: Some(pin),
+            pin: Some(permit.clone()),
         })
     }
 
     /// Opens a slice that is not in memory: by joining its flight, or by a new
-    /// one. `ahead` is for bytes that are not wanted yet; what is wanted now
-    /// waits for its permit in the flight.
+    /// one. What is wanted now, and has no permit yet, waits for it in the flight.
     pub(super) fn open_fill(
         &self,
         fill: Fill,
         touched: Touched,
-        ahead: Option<Permit>,
+        permit: Option<Permit>,
     ) -> SliceReader {
-        let (flight, started) = self.flight_of(fill, ahead);
+        let (flight, started) = self.flight_of(fill, permit);
+        self.read_flight(flight.read(touched.start..touched.end), !started, false)
+    }
+
+    /// Opens what is wanted of a slice where that is little, and no more of it is
+    /// to be read.
+    pub(super) fn open_little(&self, fill: &Fill, touched: &Touched) -> Option<FlightReader> {
+        let slice_bytes = fill.slice_bytes()?;
+        let wanted = touched.start..touched.end.min(slice_bytes);
+        if wanted.len() > slice_bytes as usize / LITTLE
+            || is_worth_reading_whole(wanted.end - wanted.start, slice_bytes, rand::random())
+        {
+            return None;
+        }
+        let permit = match wanted.len() > PAGE_BYTES {
+            true => Some(self.inner.budget.ahead(wanted.len() as u64)?),
+            // Covered by the connection's own share.
+            false => None,
+        };
+        self.open_part(fill, wanted, permit)
+    }
+
+    /// Opens the first page of what is wanted of a slice, which the connection's own
+    /// share covers: there is no memory for more.
+    pub(super) fn open_page(&self, fill: &Fill, touched: &Touched) -> Option<SliceReader> {
+        let end = touched.end.min(fill.slice_bytes()?);
+        let page_end = end.min(touched.start.saturating_add(PAGE_BYTES as u32));
+        let reader = self.open_part(fill, touched.start..page_end, None)?;
+        Some(self.read_flight(reader, false, page_end < end))
+    }
+
+    /// Opens a part of a slice that is not landing: from this node's disk, or from
+    /// the slice's owner. It is a flight of its own, which nobody joins, and
+    /// nothing of it is kept.
+    fn open_part(
+        &self,
+        fill: &Fill,
+        part: Range<u32>,
+        permit: Option<Permit>,
+    ) -> Option<FlightReader> {
+        let is_landing = |flights: &Flights| flights.get(&fill.slice).is_some();
+        if !fill.version.is_pinned()
+            || is_landing(&self.inner.fills)
+            || is_landing(&self.inner.fetches)
+        {
+            return None;
+        }
+        let flight = Flight::new(fill.slice, part.clone());
+        if let Some(permit) = permit {
+            flight.admit(permit);
+        }
+        let (engine, fill, filled) = (self.clone(), fill.clone(), flight.clone());
+        self.inner.runtime.spawn(async move {
+            filled.finish(engine.fill_part(&fill, &filled).await);
+        });
+        Some(flight.read(part))
+    }
+
+    /// `joined`: whether somebody else had started the flight. `more`: whether more
+    /// is wanted than it brings.
+    pub(super) fn read_flight(
+        &self,
+        reader: FlightReader,
+        joined: bool,
+        more: bool,
+    ) -> SliceReader {
         SliceReader::Flight {
-            reader: flight.read(touched.start..touched.end),
-            joined: !started,
+            reader,
+            joined,
             budget: self.inner.budget.clone(),
             pin: None,
+            more,
         }
+    }
+
+    async fn fill_part(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
+        if self.is_keeper(fill.key, fill.place) {
+            let Range { start, end } = flight.range;
+            if let Some(l2) = &self.inner.l2
+                && let Some(read) = l2.slice_range(fill.slice, start, end).await
+                && read.bytes.len() == flight.range.len()
+            {
+                flight.land_read(read.bytes, Source::L2);
+                return Ok(());
+            }
+        } else if let Some(owner) = self.owners(fill.key, fill.place).first() {
+            match self.from_peer(*owner, fill, flight, false).await {
+                Ok(result) => return result,
+                Err(NextSource(why)) => {
+                    flight.tell();
+                    tracing::debug!(%owner, slice = ?fill.slice, %why, "owner bypassed");
+                }
+            }
+        }
+        let (whole, started) = self.flight_of(fill.clone(), None);
+        let result = follow(&whole, started, flight).await;
+        flight.note_source(match started {
+            true => whole.source().unwrap_or(Source::Origin),
+            false => Source::Flight,
+        });
+        result
     }
 
     /// The flight that brings a slice to this node's clients, and whether this
@@ -325,7 +420,7 @@ impl Engine {
         let ask = Ask::Slice(SliceAsk {
             key: fill.key,
             slice: fill.slice,
-            start: flight.bytes(),
+            start: flight.next_byte(),
             end: flight.range.end,
             request: fill.request.clone(),
             version: fill.version.clone(),
@@ -351,7 +446,8 @@ impl Engine {
             let next = tokio::time::timeout(PATIENCE, body.next());
             match flight.coming(next).await {
                 Ok(Some(Ok(part))) => {
-                    if flight.bytes() as u64 + part.bytes.len() as u64 > u64::from(flight.range.end)
+                    if u64::from(flight.next_byte()) + part.bytes.len() as u64
+                        > u64::from(flight.range.end)
                     {
                         return Err(NextSource("more bytes than the slice has".into()));
                     }
@@ -365,7 +461,7 @@ impl Engine {
                 Ok(None)
                     if fill
                         .slice_bytes()
-                        .is_none_or(|expected| flight.bytes() == expected) =>
+                        .is_none_or(|end| flight.next_byte() == end.min(flight.range.end)) =>
                 {
                     return Ok(Ok(()));
                 }
@@ -380,16 +476,8 @@ impl Engine {
     /// that ask this node for the same slice.
     async fn from_own_fill(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
         let (own, started) = self.origin_fill(fill, flight.permit());
-        let mut reader = own.read(flight.bytes()..flight.range.end);
         flight.note_source(Source::Origin);
-        while let Some(part) = flight.coming(reader.next()).await {
-            let part = match started {
-                true => part?,
-                false => part.map_err(FillError::for_others)?,
-            };
-            flight.land_among(part);
-        }
-        Ok(())
+        follow(&own, started, flight).await
     }
 
     /// The flight that fills a slice from the origin, started if need be. Its
@@ -890,6 +978,19 @@ impl From<OriginError> for Retry {
             reason: error.to_string(),
         })
     }
+}
+
+/// Lands what another flight brings, from where this one stands.
+async fn follow(other: &Arc<Flight>, started: bool, flight: &Flight) -> Result<(), FillError> {
+    let mut reader = other.read(flight.next_byte()..flight.range.end);
+    while let Some(part) = flight.coming(reader.next()).await {
+        let part = match started {
+            true => part?,
+            false => part.map_err(FillError::for_others)?,
+        };
+        flight.land_among(part);
+    }
+    Ok(())
 }
 
 /// Only the version we hold: a changed object is sent whole, and recognised.

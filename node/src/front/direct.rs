@@ -204,7 +204,7 @@ impl Front {
                     Ok(Given::No)
                 }
                 true => {
-                    self.give_small(stream, head, request.key, found, &body, begin)
+                    self.give_small(stream, head, request, found, &body, begin)
                         .await
                 }
                 false => {
@@ -245,7 +245,7 @@ impl Front {
         &self,
         stream: &mut Stream,
         head: Head,
-        key: ObjectKey,
+        request: &Request,
         found: &Found,
         body: &Range<u64>,
         begin: impl FnOnce(),
@@ -255,10 +255,12 @@ impl Front {
         let mut parts = [const { (Bytes::new(), Source::L1) }; 2];
         for part in &mut parts {
             let Some(touched) = slices.next() else { break };
-            let Some(at_hand) = self.engine.at_hand(key, found, &touched).await else {
-                return Ok(Given::No);
+            *part = match self.engine.at_hand(request, found, &touched).await {
+                Ok(Some(at_hand)) => at_hand,
+                Err(FillError::Changed) => return Ok(Given::Gone),
+                Err(FillError::Refused { .. }) => return Ok(Given::Refused),
+                Ok(None) | Err(_) => return Ok(Given::No),
             };
-            *part = at_hand;
         }
         if slices.next().is_some() {
             return Ok(Given::No);
