@@ -144,7 +144,7 @@ pub struct Version {
     pub etag: Option<String>,
     /// Last-Modified as received.
     pub last_modified: Option<String>,
-    /// Whether that date names these bytes and no others: it was a second older
+    /// Whether that date names these bytes and no others: it was a minute older
     /// than the answer that brought them (RFC 9110 section 8.8.2.2). The later
     /// Date of a 304 makes it no stronger.
     pub exact_date: bool,

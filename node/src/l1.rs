@@ -106,7 +106,7 @@ impl L1 {
         }
     }
 
-    /// Whether a slice is here; that is no use of it.
+    /// Whether a slice is here; asking does not count as a use.
     pub fn has_slice(&self, id: &SliceId) -> bool {
         self.store.contains_key(&Key::Slice(*id))
     }

@@ -4,8 +4,8 @@
 //!
 //! Counters and histograms are counted where the fact is known, once; gauges
 //! are read when somebody looks ([`Metrics::render`]). A series whose labels
-//! are known in advance exists from the start, at 0, so that a rate over it
-//! never begins with a hole. One registry per node and nothing global: several
+//! stand with its name exists from the start, at 0, so that a rate over it never
+//! begins with a hole. One registry per node and nothing global: several
 //! nodes live in one process in the tests.
 //!
 //! Not here: how the metrics of several nodes become one page ([`merge`]).

@@ -151,7 +151,8 @@ impl Inspect for Engine {
 
 impl Engine {
     /// What is held of a URL, and whether a plain request would be answered with
-    /// it unasked: by the same verdict as the request itself. Changes nothing.
+    /// it unasked: by the same verdict as the request itself. Asks nobody; what is read from
+    /// disk comes into memory.
     pub(crate) async fn stored_stamp(&self, url: &str) -> Option<StoredStamp> {
         let request = self.plain_request(url)?;
         let held = self.held(&request, None).await?;
