@@ -2,9 +2,10 @@
 //! where do the bytes of a slice come from?
 //!
 //! ```text
-//! resolve: L1 → L2 → manifest owner → origin          (resolve.rs holds the origin's part)
-//! open:    L1 → flight → L2 → slice owner → next owner → origin
-//! answer:  the same for a peer, without any peer in it (invariant 3)
+//! resolve: L1 → L2 → manifest owner → next owner → origin
+//! open:    L1 → page cache → flight → L2 ┬ another's: slice owner → next owner → origin
+//!                                        └ ours:      the owner before, if it has it → origin
+//! answer:  the same for a peer; no peer in it but the owner before (invariant 3)
 //! ```
 //!
 //! Decisions about freshness, floors, ranges and owners are made by pure
@@ -591,7 +592,7 @@ impl Engine {
         // Before the floors are looked at: what comes later waits for the answer.
         let epoch = cluster.answering();
         let is_purged = IS_CHECKED
-            && !object.is_checked(cluster.version())
+            && !object.passed_floors_at(cluster.version())
             && manifest.stamp < cluster.floor(&manifest.subject).hard;
         (!is_purged).then_some(Answering {
             engine: self,
@@ -701,14 +702,14 @@ impl Engine {
         let version = self.inner.cluster.version();
         let now_ms = unix_ms(SystemTime::now());
         let mut softly_purged = false;
-        if IS_CHECKED && !object.is_checked(version) {
+        if IS_CHECKED && !object.passed_floors_at(version) {
             let floor = self.inner.cluster.floor(&manifest.subject);
             if manifest.stamp < floor.plain {
                 return Verdict::Unusable;
             }
             softly_purged = manifest.stamp < floor.soft;
             if !softly_purged {
-                object.checked(version);
+                object.note_floors_passed_at(version);
             }
         }
         let usable = request.demands.judge(&manifest.freshness, now_ms);

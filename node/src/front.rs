@@ -2,8 +2,8 @@
 //! the last byte of its answer.
 //!
 //! GET and HEAD are answered from the engine; everything else, and whatever
-//! may not be shared, is proxied by Pingora untouched. Counting happens here,
-//! once per response.
+//! may not be shared, is proxied by Pingora untouched. Responses are counted here,
+//! or in `direct` where one is answered without a `Session`.
 
 mod direct;
 
@@ -305,7 +305,7 @@ impl Front {
                     return Ok(false);
                 }
                 Resolved::Relay(relay) => {
-                    if self.has_no_room_to_pass(session, ctx).await? {
+                    if !self.take_room_to_pass(session, ctx).await? {
                         return Ok(true);
                     }
                     self.relay(session, ctx, is_get, &request, *relay).await?;
@@ -671,14 +671,16 @@ impl Front {
         }
     }
 
-    /// Takes the permit for what proxying holds; without one the request is refused.
-    async fn has_no_room_to_pass(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
-        ctx._passing = self.engine.budget().transfer(0).await;
-        if ctx._passing.is_some() {
+    /// Takes the permit for what proxying holds, or refuses the request; whether it
+    /// was taken.
+    async fn take_room_to_pass(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        let permit = self.engine.budget().transfer(0).await;
+        if permit.is_none() {
+            self.metrics.memory_refusals_total.inc();
+            self.refuse(session, ctx, 503, "no-memory").await?;
             return Ok(false);
         }
-        self.metrics.memory_refusals_total.inc();
-        self.refuse(session, ctx, 503, "no-memory").await?;
+        ctx._passing = permit;
         Ok(true)
     }
 
@@ -1052,7 +1054,7 @@ impl ProxyHttp for Front {
             "GET" | "HEAD" => {
                 self.metrics.requests_total.inc();
                 let served = self.serve(session, ctx).await?;
-                Ok(served || self.has_no_room_to_pass(session, ctx).await?)
+                Ok(served || !self.take_room_to_pass(session, ctx).await?)
             }
             method => {
                 self.metrics.requests_total.inc();
@@ -1073,7 +1075,7 @@ impl ProxyHttp for Front {
                     return Ok(true);
                 }
                 ctx.passed = Some("method");
-                self.has_no_room_to_pass(session, ctx).await
+                Ok(!self.take_room_to_pass(session, ctx).await?)
             }
         }
     }

@@ -177,12 +177,12 @@ impl Stored {
     }
 
     /// Whether it passed the floors at `version`.
-    pub fn is_checked(&self, version: u64) -> bool {
+    pub fn passed_floors_at(&self, version: u64) -> bool {
         self.checked.load(Ordering::Relaxed) == version
     }
 
     /// It passed the floors at `version`, read before they were.
-    pub fn checked(&self, version: u64) {
+    pub fn note_floors_passed_at(&self, version: u64) {
         self.checked.store(version, Ordering::Relaxed);
     }
 }

@@ -251,7 +251,7 @@ impl Engine {
         let Some(permit) = permit else {
             return (Answer::Busy, None);
         };
-        let (flight, started) = self.origin_fill(&fill, Some(permit));
+        let (flight, started) = self.join_fill(&fill, Some(permit));
         let mut reader = flight.read(ask.start..ask.end);
         match reader.next().await {
             None => (Answer::PastEnd, None),

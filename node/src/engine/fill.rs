@@ -1,5 +1,6 @@
-//! Where the bytes of a slice come from, told once: see [`Engine::fill`], and
-//! `fill_here` for the slices that this node owns.
+//! Where the bytes of a slice come from, told once: see
+//! [`Engine::fetch_from_somewhere`], and [`Engine::fill_here`] for the slices that
+//! this node owns.
 
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard};
@@ -268,7 +269,7 @@ impl Engine {
         }
         if self.is_keeper(fill.key, fill.place) {
             // No peer is to be asked for it: what is filled for all is its clients' too.
-            return self.origin_fill(&fill, permit);
+            return self.join_fill(&fill, permit);
         }
         let (flight, started) = self.inner.fetches.join(fill.slice, 0..fill.end());
         if started {
@@ -276,7 +277,7 @@ impl Engine {
             let guard = self.inner.fetches.guard(&flight);
             self.inner.runtime.spawn(async move {
                 let _guard = guard;
-                engine.fill(fill, flight, permit).await;
+                engine.fetch(fill, flight, permit).await;
             });
         }
         (flight, started)
@@ -353,9 +354,9 @@ impl Engine {
     }
 
     /// Fills a slice that this node's client wants, and another node owns.
-    async fn fill(&self, fill: Fill, flight: Arc<Flight>, permit: Option<Permit>) {
+    async fn fetch(&self, fill: Fill, flight: Arc<Flight>, permit: Option<Permit>) {
         let result = match self.admit(&flight, permit).await {
-            Ok(()) => self.fill_from_somewhere(&fill, &flight).await,
+            Ok(()) => self.fetch_from_somewhere(&fill, &flight).await,
             Err(error) => Err(error),
         };
         flight.finish(result);
@@ -367,7 +368,7 @@ impl Engine {
         self.inner.fetches.remove(&flight);
     }
 
-    async fn fill_from_somewhere(
+    async fn fetch_from_somewhere(
         &self,
         fill: &Fill,
         flight: &Arc<Flight>,
@@ -475,7 +476,7 @@ impl Engine {
     /// The origin's bytes, through this node's own fill: shared with peers
     /// that ask this node for the same slice.
     async fn from_own_fill(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
-        let (own, started) = self.origin_fill(fill, flight.permit());
+        let (own, started) = self.join_fill(fill, flight.permit());
         flight.note_source(Source::Origin);
         follow(&own, started, flight).await
     }
@@ -483,7 +484,7 @@ impl Engine {
     /// The flight that fills a slice from the origin, started if need be. Its
     /// parts are the asker's too, so an asker's permit is enough for all.
     /// Also whether this call started it.
-    pub(super) fn origin_fill(&self, fill: &Fill, permit: Option<Permit>) -> (Arc<Flight>, bool) {
+    pub(super) fn join_fill(&self, fill: &Fill, permit: Option<Permit>) -> (Arc<Flight>, bool) {
         let (flight, started) = self.inner.fills.join(fill.slice, 0..fill.end());
         if let Some(permit) = permit {
             flight.admit(permit);
@@ -505,7 +506,7 @@ impl Engine {
         flight.note_source(Source::Origin);
         if let Err(error) = self.admit(&flight, None).await {
             if flight.claim() {
-                self.end_origin_fill(&fill, &flight, Err(error)).await;
+                self.announce_and_finish(&fill, &flight, Err(error)).await;
             }
             return;
         }
@@ -533,14 +534,14 @@ impl Engine {
         {
             if manifest.part.is_some() {
                 // The origin chose what to give: it is not asked for the rest.
-                self.end_origin_fill(&fill, &flight, Err(FillError::Changed))
+                self.announce_and_finish(&fill, &flight, Err(FillError::Changed))
                     .await;
                 return;
             }
             // The body has ended since the asker heard of it.
             fill.version.length = manifest.version.length;
             if fill.version.length.is_some() && fill.bytes().is_empty() {
-                self.end_origin_fill(&fill, &flight, Ok(())).await;
+                self.announce_and_finish(&fill, &flight, Ok(())).await;
                 return;
             }
         }
@@ -548,12 +549,12 @@ impl Engine {
             flight.note_source(Source::Peer);
             match self.from_peer(before, &fill, &flight, true).await {
                 Ok(result) => {
-                    self.end_origin_fill(&fill, &flight, result).await;
+                    self.announce_and_finish(&fill, &flight, result).await;
                     return;
                 }
                 Err(NextSource(why)) => {
                     flight.tell();
-                    tracing::debug!(%before, slice = ?fill.slice, %why, "the owner before has it not");
+                    tracing::debug!(%before, slice = ?fill.slice, %why, "the owner before does not have it");
                     flight.note_source(Source::Origin);
                 }
             }
@@ -582,27 +583,27 @@ impl Engine {
             let _guard = guard;
             match engine.admit(&flight, None).await {
                 Ok(()) => engine.fill_by_range(&fill, &flight, Some(body)).await,
-                Err(error) => engine.end_origin_fill(&fill, &flight, Err(error)).await,
+                Err(error) => engine.announce_and_finish(&fill, &flight, Err(error)).await,
             }
         });
     }
 
     async fn fill_by_range(&self, fill: &Fill, flight: &Arc<Flight>, body: Option<OriginBody>) {
         match self.try_from_origin(fill, flight, body).await {
-            Ok(()) => self.end_origin_fill(fill, flight, Ok(())).await,
+            Ok(()) => self.announce_and_finish(fill, flight, Ok(())).await,
             // Sent whole: one body for this slice and all others.
             Err(Retry::Whole(body)) => self.fill_by_whole(fill, flight, Some(*body)).await,
             Err(Retry::Yes(error) | Retry::No(error)) => {
-                self.end_origin_fill(fill, flight, Err(error)).await;
+                self.announce_and_finish(fill, flight, Err(error)).await;
             }
             Err(Retry::OtherTag(_)) => {
-                self.end_origin_fill(fill, flight, Err(FillError::Changed))
+                self.announce_and_finish(fill, flight, Err(FillError::Changed))
                     .await;
             }
         }
     }
 
-    pub(super) async fn end_origin_fill(
+    pub(super) async fn announce_and_finish(
         &self,
         fill: &Fill,
         flight: &Arc<Flight>,
@@ -615,10 +616,10 @@ impl Engine {
                 tracing::warn!(url = %fill.url(), slice = fill.slice.index, %error, "slice not filled")
             }
         }
-        self.finish_origin_fill(fill, flight, result);
+        self.finish_fill(fill, flight, result);
     }
 
-    pub(super) fn finish_origin_fill(
+    pub(super) fn finish_fill(
         &self,
         fill: &Fill,
         flight: &Arc<Flight>,

@@ -136,7 +136,7 @@ impl Engine {
             for page in slice.chunks(PAGE_BYTES) {
                 flight.land(Part::new(Bytes::copy_from_slice(page)));
             }
-            self.finish_origin_fill(&fill, &flight, Ok(()));
+            self.finish_fill(&fill, &flight, Ok(()));
         }
     }
 
@@ -188,7 +188,7 @@ impl Engine {
         } else if !accepted {
             // Nothing would say that another body is the same one.
             let error = failed("its body has passed, and cannot be asked for again");
-            self.end_origin_fill(fill, flight, Err(error)).await;
+            self.announce_and_finish(fill, flight, Err(error)).await;
         }
     }
 
