@@ -168,7 +168,7 @@ impl Version {
 
     /// Whether the validators tell these bytes from any other version's, so that one
     /// answer can be put together with the next.
-    pub fn is_pinned(&self) -> bool {
+    pub fn is_resumable(&self) -> bool {
         self.strong_etag().is_some() || self.exact_last_modified().is_some()
     }
 

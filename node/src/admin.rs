@@ -12,7 +12,7 @@
 //! bounded time, and serve a bounded number of requests at once. The metrics
 //! address shows, and changes nothing; it has no token, so keep it private.
 //! Not here: what a purge is ([`crate::purge`]), what the page looks like
-//! ([`crate::page`]), what a URL's slices are doing (the engine, by [`Inspect`]).
+//! ([`crate::status_page`]), what a URL's slices are doing (the engine, by [`Inspect`]).
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,8 +38,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Secret;
 use crate::metrics::{Gauges, Metrics, merge};
-use crate::page::{self, Sample};
 use crate::purge::{self, AuthFailure, Purger, Refusal};
+use crate::status_page::{self, Sample};
 use crate::url::Url;
 
 /// Longest wait for a request's whole head, idle time of a kept connection included.
@@ -164,7 +164,7 @@ impl Admin {
             let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
             history.iter().copied().collect()
         };
-        let body = page::render(&page::Shown {
+        let body = status_page::render(&status_page::Shown {
             status: &self.cluster.status(),
             unready: self.unready().as_deref(),
             gauges: &self.inspect.gauges(),

@@ -641,11 +641,6 @@ impl Engine {
         self.inner.l1.bytes()
     }
 
-    /// The disk store.
-    pub fn l2(&self) -> Option<&L2> {
-        self.inner.l2.as_ref()
-    }
-
     /// The cluster.
     pub fn cluster(&self) -> &Cluster {
         &self.inner.cluster

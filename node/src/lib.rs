@@ -2,38 +2,75 @@
 //! them with its peers.
 //!
 //! ```text
-//! client → front → plan → engine → l1 → flight → l2 → ring ┬ ours → origin
-//!                                                          └ peer/dial ⇒ peer/serve → engine.answer
+//! client → front → engine: which manifest? → plan: which bytes? → pieces → engine: where is the slice?
+//!                  l1 → l2 → owner → origin                                l1 → flight → l2 → ring ┬ ours → origin
+//!                                                                            peer/dial ⇒ peer/serve → engine.answer
 //! purge  → admin → handle → raft → state.apply on every node → floors, asked on every hit → acknowledged → 200
 //! ```
+//!
+//! | module | question it answers |
+//! | --- | --- |
+//! | [`node`] | which parts are there, in what order do they start and stop? |
+//! | [`config`] | what did the operator ask for, and what is wrong with it? |
+//! | `connection`, `head`, `stream`, `reset`, `listening` | who reads a client's next request; what is done on its connection that Pingora does not do? |
+//! | `front`, `front/direct` | how does one request become one answer: through Pingora, or straight on the connection? |
+//! | [`url`](mod@url) | what is an object called? |
+//! | [`plan`] | which status and bytes answer this request from this manifest? |
+//! | `pieces` | which slice comes next, and how many are opened ahead? |
+//! | `pace` | is a client too slow? |
+//! | `engine` | which manifest, and where do a slice's bytes come from? |
+//! | `engine/records` | which manifests does this node hold, under which key? |
+//! | `engine/together` | who waits for the same manifest already? |
+//! | `engine/owners` | who owns it, and what does the owner say? |
+//! | `engine/resolve`, `engine/part` | which manifest does the origin's answer make; what if it is a range of its own choice? |
+//! | `engine/fill`, `engine/whole` | how is a slice filled, by ranges or out of a whole body? |
+//! | `engine/tags` | has it changed, or do replicas disagree about its tag? |
+//! | `engine/replaced` | who must forget what the origin has replaced? |
+//! | `engine/answer` | what does a peer get? |
+//! | `engine/inspect` | what do `explain`, `warm` and the gauges show? |
+//! | `engine/changes`, `engine/noted`, `engine/turns` | was a record overtaken; was the last answer for one client only; whose turn is it to validate? |
+//! | `flight` | who waits for a slice that is on its way? |
+//! | [`freshness`] | may an answer be stored, is it fresh, may it be used? |
+//! | [`manifest`] | what must be known of a version to answer with it? |
+//! | [`mod@slice`] | are these bytes what was stored? |
+//! | [`l1`], [`l2`] | what is in memory, what is on disk? |
+//! | [`origin`] | what does the origin say, and which of its addresses is asked? |
+//! | `stitch` | which of its answers did not fit together? |
+//! | `budget` | is there memory for this? |
+//! | `purge` | what is to be forgotten, and who may say so? |
+//! | `observer` | does the promise of PURGE hold? |
+//! | `admin`, `status_page` | what does an operator see and do? |
+//! | `metrics`, `process` | what is counted; what has the process taken? |
+//! | `log_limit` | may this line be logged again? |
+//! | [`demo`] | what is this program for? |
 
-pub mod admin;
-pub mod budget;
+mod admin;
+mod budget;
 pub mod config;
-pub mod connection;
+mod connection;
 pub mod demo;
-pub mod engine;
-pub mod flight;
+mod engine;
+mod flight;
 pub mod freshness;
-pub mod front;
+mod front;
 mod head;
 pub mod l1;
 pub mod l2;
 mod listening;
+mod log_limit;
 pub mod manifest;
-pub mod metrics;
+mod metrics;
 pub mod node;
-pub mod observer;
+mod observer;
 pub mod origin;
-pub mod pace;
-pub mod paced;
-pub mod page;
+mod pace;
 mod pieces;
 pub mod plan;
-pub mod process;
-pub mod purge;
+mod process;
+mod purge;
 mod reset;
 pub mod slice;
-pub mod stitch;
+mod status_page;
+mod stitch;
 mod stream;
 pub mod url;

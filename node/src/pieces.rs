@@ -159,7 +159,7 @@ impl<'a> Pieces<'a> {
     pub(crate) fn let_go(&mut self, metrics: &Metrics) {
         let version = &self.found.object.manifest.version;
         let is_dear = version.whole && !self.engine.budget().is_tight();
-        if !version.is_pinned() || is_dear || self.opened.is_empty() {
+        if !version.is_resumable() || is_dear || self.opened.is_empty() {
             return;
         }
         metrics.answers_stalled_total.inc();

@@ -8,8 +8,8 @@ use http::HeaderMap;
 use pingora_slice_cluster::wire::Version;
 
 use crate::config;
+use crate::log_limit::Paced;
 use crate::metrics::Metrics;
-use crate::paced::Paced;
 use crate::url::Url;
 
 /// One fault: what was expected, what came.

@@ -196,7 +196,7 @@ impl Engine {
         permit: Option<Permit>,
     ) -> Option<FlightReader> {
         let is_landing = |flights: &Flights| flights.get(&fill.slice).is_some();
-        if !fill.version.is_pinned()
+        if !fill.version.is_resumable()
             || is_landing(&self.inner.fills)
             || is_landing(&self.inner.fetches)
         {

@@ -407,11 +407,11 @@ impl Engine {
             }
         };
         let version = self.version(&answer, Some(total), false);
-        let pinned = version.is_pinned();
+        let resumable = version.is_resumable();
         // One slice is tied to no other.
-        let tied = match pinned && !covers_all {
+        let tied = match resumable && !covers_all {
             true => probe.is_tied(&version, answer.received_ms),
-            false => Some(pinned || covers_all),
+            false => Some(resumable || covers_all),
         };
         let Some(tied) = tied else {
             return Act::AskOtherwise;

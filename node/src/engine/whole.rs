@@ -177,7 +177,7 @@ impl Engine {
             let manifest = self.manifest_of(fill).await;
             let supply = Supply::of(body, true);
             self.cut(fill.at(0), manifest, whole, supply, first).await;
-        } else if !accepted && !is_held(fill) {
+        } else if !accepted && fill.version.is_resumable() {
             // That body has passed the slice: another one, for all who come now.
             let whole = self.inner.wholes.begin_another(fill.slice.generation);
             whole.hand_over(flight);
@@ -216,7 +216,7 @@ impl Engine {
                 let unwanted = is_unread || index < *whole.wanted.borrow();
                 let listed = self.inner.fills.get(&id);
                 let is_sought = listed.is_some_and(|flight| flight.is_admitted());
-                let passed = unwanted && !is_held(fill) && !is_sought;
+                let passed = unwanted && fill.version.is_resumable() && !is_sought;
                 let permit = match passed {
                     true => self.inner.budget.ahead(fill.version.slice_bytes.into()),
                     false => None,
@@ -285,7 +285,7 @@ impl Engine {
         // Past the end of a body that ended well: no bytes, no error.
         self.end(&whole, outcome);
         self.let_go_of_stored(&whole).await;
-        let read = whole.until_read(is_held(&fill));
+        let read = whole.until_read(!fill.version.is_resumable());
         self.shedding(&fill, &whole, read).await;
         self.inner.wholes.forget(fill.slice.generation, &whole);
         let held = std::mem::take(&mut whole.lock().held);
@@ -336,7 +336,7 @@ impl Engine {
                 };
                 // A reader who pauses would miss what cannot be had again.
                 let read_on = match keeping {
-                    Keeping::Kept if !(is_tight && is_held(fill)) => {
+                    Keeping::Kept if !is_tight || fill.version.is_resumable() => {
                         READ_ON_BYTES_MAX / u64::from(slice_bytes)
                     }
                     Keeping::Kept | Keeping::Passing => 0,
@@ -350,7 +350,7 @@ impl Engine {
                 };
                 // Whoever wants it reads it from there, at the disk's pace.
                 let is_here = supply.is_again
-                    && !is_held(fill)
+                    && fill.version.is_resumable()
                     && self.is_on_disk(&fill.at(index).slice).await;
                 flight = self.take(fill, whole, index, is_unread, is_here);
             }
@@ -553,11 +553,11 @@ impl Engine {
         let wanted = *whole.wanted.borrow();
         // The foremost reader may still be on its way to what it has opened.
         let opened = self.inner.config.max_concurrent_subrequests as u32;
-        let near = match (is_held(fill), self.inner.budget.is_tight()) {
-            (false, true) => wanted..=wanted.saturating_add(AHEAD),
-            (false, false) => wanted.saturating_sub(opened)..=wanted.saturating_add(AHEAD),
-            (true, true) => wanted.saturating_sub(opened)..=u32::MAX,
-            (true, false) => 0..=u32::MAX,
+        let near = match (fill.version.is_resumable(), self.inner.budget.is_tight()) {
+            (true, true) => wanted..=wanted.saturating_add(AHEAD),
+            (true, false) => wanted.saturating_sub(opened)..=wanted.saturating_add(AHEAD),
+            (false, true) => wanted.saturating_sub(opened)..=u32::MAX,
+            (false, false) => 0..=u32::MAX,
         };
         let mut state = whole.lock();
         let too_many = state.held.len().saturating_sub(HELD);
@@ -579,9 +579,9 @@ impl Engine {
     async fn shedding<T>(&self, fill: &Fill, whole: &Whole, to_do: impl Future<Output = T>) -> T {
         let mut to_do = std::pin::pin!(to_do);
         let mut wanted = whole.wanted.subscribe();
-        let patience = match is_held(fill) {
-            true => SHORT_AND_UNREAD_FOR,
-            false => SHORT_FOR,
+        let patience = match fill.version.is_resumable() {
+            true => SHORT_FOR,
+            false => SHORT_AND_UNREAD_FOR,
         };
         loop {
             let holds = !whole.lock().held.is_empty();
@@ -617,12 +617,6 @@ impl Engine {
             }
         }
     }
-}
-
-/// Whether a body's slices stay on the list for readers close behind: it
-/// cannot be asked for again.
-fn is_held(fill: &Fill) -> bool {
-    !fill.version.is_pinned()
 }
 
 /// Ends a body whose cutting panics, and lets go of those who wait for it.
