@@ -15,9 +15,11 @@ use anyhow::{Context, anyhow};
 use pingora_core::listeners::tls::TlsSettings;
 use pingora_core::server::configuration::{Opt, ServerConf};
 use pingora_core::server::{ExecutionPhase, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch};
+use pingora_core::services::listening::Service;
 use pingora_slice_cluster::handle::StartError;
 use pingora_slice_cluster::peer::certificate_expires;
 use pingora_slice_cluster::{Cluster, handle};
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
@@ -89,29 +91,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
     tell_when_certificates_end(&config, &metrics);
     let deadline = Instant::now() + patience;
-    let open_l2 = || match &config.l2 {
-        Some(settings) if config.enable_cache => {
-            let mut settings = settings.clone();
-            if config.cluster.is_none() {
-                settings.bytes_max = beside_purges(settings.bytes_max);
-            }
-            until(deadline, || L2::open(settings.clone())).map(Some)
-        }
-        _ => Ok(None),
-    };
-    let (cluster, l2) = match &config.cluster {
-        // Without its purges a machine alone must not start: before its store
-        // says that it goes on without and will be tried again.
-        None => {
-            let alone = until(deadline, || Cluster::alone(alone_dir(&config)));
-            (alone.map_err(|e| of_alone(&config, e))?, open_l2()?)
-        }
-        Some(settings) => {
-            let l2 = open_l2()?;
-            let start = || runtime.block_on(Cluster::start(settings.clone()));
-            (until(deadline, start)?, l2)
-        }
-    };
+    let (cluster, l2) = open_stores(&config, &runtime, deadline)?;
     let origin = Origin::new(
         config.upstreams.clone(),
         config.upstream_host.clone(),
@@ -168,28 +148,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
             h2c,
         )
     };
-    let mut clients = service(false);
-    let mut h2c = None;
-    for listen in &config.listen {
-        let address = listen.address.to_string();
-        match &listen.tls {
-            None if listen.h2 => h2c.get_or_insert_with(|| service(true)).add_tcp(&address),
-            None => clients.add_tcp(&address),
-            Some(tls) => {
-                let path = |path: &PathBuf| {
-                    path.to_str()
-                        .map(str::to_owned)
-                        .ok_or_else(|| anyhow!("{}: not UTF-8", path.display()))
-                };
-                let mut settings = TlsSettings::intermediate(&path(&tls.cert)?, &path(&tls.key)?)
-                    .map_err(|e| anyhow!("listen.tls: {e}"))?;
-                if listen.h2 {
-                    settings.enable_h2();
-                }
-                clients.add_tls_with_settings(&address, None, settings);
-            }
-        }
-    }
+    let (clients, h2c) = listen(&config, service)?;
     let mut listening = vec![server.add_service(Listening(clients))];
     if let Some(service) = h2c {
         listening.push(server.add_service(Listening(service)));
@@ -224,15 +183,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
 
     runtime.block_on(async {
         if until_stopping(phases).await == Stopping::Gracefully {
-            under_way.close();
-            tracing::info!(
-                requests = under_way.len(),
-                "no new connections; the process ends when its answers are finished"
-            );
-            let drained = tokio::time::timeout(config.drain_timeout, under_way.wait()).await;
-            if drained.is_err() {
-                tracing::warn!(requests = under_way.len(), "cut after drain_timeout");
-            }
+            drain(under_way, config.drain_timeout).await;
         }
         stop.cancel();
         cluster.stop().await;
@@ -244,6 +195,83 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
     match failure.lock().expect("no panic while held").take() {
         Some(error) => Err(error),
         None => Ok(()),
+    }
+}
+
+/// The cluster and the disk store, tried again until `deadline` while the process
+/// before this one may still hold them.
+fn open_stores(
+    config: &Config,
+    runtime: &Runtime,
+    deadline: Instant,
+) -> anyhow::Result<(Cluster, Option<L2>)> {
+    let open_l2 = || match &config.l2 {
+        Some(settings) if config.enable_cache => {
+            let mut settings = settings.clone();
+            if config.cluster.is_none() {
+                settings.bytes_max = beside_purges(settings.bytes_max);
+            }
+            until(deadline, || L2::open(settings.clone())).map(Some)
+        }
+        _ => Ok(None),
+    };
+    match &config.cluster {
+        // Without its purges a machine alone must not start: before its store
+        // says that it goes on without and will be tried again.
+        None => {
+            let alone = until(deadline, || Cluster::alone(alone_dir(config)));
+            let cluster = alone.map_err(|e| of_alone(config, e))?;
+            Ok((cluster, open_l2()?))
+        }
+        Some(settings) => {
+            let l2 = open_l2()?;
+            let start = || runtime.block_on(Cluster::start(settings.clone()));
+            Ok((until(deadline, start)?, l2))
+        }
+    }
+}
+
+/// The listeners of `listen`: a service that takes all but HTTP/2 without TLS, and
+/// one for that where there is any.
+fn listen(
+    config: &Config,
+    service: impl Fn(bool) -> Service<Clients>,
+) -> anyhow::Result<(Service<Clients>, Option<Service<Clients>>)> {
+    let mut clients = service(false);
+    let mut h2c = None;
+    for listen in &config.listen {
+        let address = listen.address.to_string();
+        match &listen.tls {
+            None if listen.h2 => h2c.get_or_insert_with(|| service(true)).add_tcp(&address),
+            None => clients.add_tcp(&address),
+            Some(tls) => {
+                let path = |path: &PathBuf| {
+                    path.to_str()
+                        .map(str::to_owned)
+                        .ok_or_else(|| anyhow!("{}: not UTF-8", path.display()))
+                };
+                let mut settings = TlsSettings::intermediate(&path(&tls.cert)?, &path(&tls.key)?)
+                    .map_err(|e| anyhow!("listen.tls: {e}"))?;
+                if listen.h2 {
+                    settings.enable_h2();
+                }
+                clients.add_tls_with_settings(&address, None, settings);
+            }
+        }
+    }
+    Ok((clients, h2c))
+}
+
+/// Waits for the answers under way, `drain_timeout` at most.
+async fn drain(under_way: TaskTracker, drain_timeout: Duration) {
+    under_way.close();
+    tracing::info!(
+        requests = under_way.len(),
+        "no new connections; the process ends when its answers are finished"
+    );
+    let drained = tokio::time::timeout(drain_timeout, under_way.wait()).await;
+    if drained.is_err() {
+        tracing::warn!(requests = under_way.len(), "cut after drain_timeout");
     }
 }
 
