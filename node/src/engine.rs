@@ -423,12 +423,9 @@ impl Engine {
         let object = match self.inner.l1.record(request.key.0)? {
             Kept::Manifest(object) => object,
             Kept::Varies(varies) => {
-                let variant = manifest::variant_of(&varies.1, &request.origin.headers);
-                let at = manifest::variant_key(&self.hash_key()?, request.key, &variant);
-                match self.inner.l1.record(at)? {
-                    Kept::Manifest(object) if object.manifest.variant == variant => object,
-                    _ => return None,
-                }
+                let fields = &request.origin.headers;
+                let (at, variant) = varies.choose(&self.hash_key()?, request.key, fields);
+                self.inner.l1.record(at)?.of_variant(&variant)?
             }
         };
         // As in `resolve_for`: the lease is read before the floors.
@@ -699,7 +696,7 @@ impl Engine {
         let mut softly_purged = false;
         if IS_CHECKED && !object.passed_floors_at(version) {
             let floor = self.inner.cluster.floor(&manifest.subject);
-            if manifest.stamp < floor.plain {
+            if !floor.allows(manifest.stamp) {
                 return Verdict::Unusable;
             }
             softly_purged = manifest.stamp < floor.soft;

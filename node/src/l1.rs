@@ -11,7 +11,7 @@ use pingora_slice_cluster::SliceId;
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
-use crate::manifest::{Manifest, Stored};
+use crate::manifest::{Manifest, Stored, Varies};
 use crate::slice::{PAGE_BYTES, Slice};
 use crate::url::Url;
 
@@ -55,7 +55,17 @@ pub enum Kept {
     /// A manifest.
     Manifest(Arc<Stored>),
     /// A pointer to the variants: the fields that the object varies by.
-    Varies(Arc<(Url, Vec<String>)>),
+    Varies(Arc<Varies>),
+}
+
+impl Kept {
+    /// The manifest, if it is that of a variant.
+    pub fn of_variant(self, variant: &[(String, String)]) -> Option<Arc<Stored>> {
+        match self {
+            Kept::Manifest(object) if object.manifest.variant == variant => Some(object),
+            _ => None,
+        }
+    }
 }
 
 /// Manifests and slices within a budget.
@@ -170,8 +180,8 @@ impl Weighter<Key, Item> for Weight {
             Item::Slice(slice) => slice.len(),
             Item::Record(Kept::Manifest(stored)) => size_of::<Stored>() + held(&stored.manifest),
             Item::Record(Kept::Varies(varies)) => {
-                let names = varies.1.iter().map(|name| FIELD_BYTES + name.len());
-                url_bytes(&varies.0) + names.sum::<usize>()
+                let names = varies.by.iter().map(|name| FIELD_BYTES + name.len());
+                url_bytes(&varies.url) + names.sum::<usize>()
             }
         };
         (bytes + ITEM_BYTES) as u64

@@ -25,14 +25,31 @@ const DOMAIN_VARIANT: u8 = 33;
 pub enum Record {
     /// The object has one variant, or this is one of several.
     Manifest(Box<Manifest>),
-    /// The object varies by these request fields (lower-case): look under
-    /// [`variant_key`].
-    Varies {
-        /// The full text behind the key.
-        url: Url,
-        /// Field names.
-        by: Vec<String>,
-    },
+    /// The object has several variants: look under [`Varies::choose`].
+    Varies(Varies),
+}
+
+/// What the variants of an object are chosen by.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Varies {
+    /// The full text behind the key.
+    pub url: Url,
+    /// Names of request fields, lower-case.
+    pub by: Vec<String>,
+}
+
+impl Varies {
+    /// The variant that a request with these fields selects, and the key under
+    /// which it is stored.
+    pub fn choose(
+        &self,
+        key: &HashKey,
+        object: ObjectKey,
+        request: &Headers,
+    ) -> (u128, Vec<(String, String)>) {
+        let variant = variant_of(&self.by, request);
+        (variant_key(key, object, &variant), variant)
+    }
 }
 
 /// See the module's text.
@@ -206,21 +223,34 @@ pub fn decode(bytes: &[u8]) -> Option<Record> {
     (read == rest.len()).then_some(record)
 }
 
-/// The version of the bytes that a response's validators name.
-///
-/// A strong validator names it alone, so that a confirmed or re-fetched object
-/// keeps its slices. Anything weaker is good for one fill only: the stamp and
-/// `chance` set it apart from every other. The time would not: two nodes, or one
-/// without a lease, may begin two fills within a millisecond.
+/// What tells one version of an object's bytes from every other.
+#[derive(Clone, Copy, Debug)]
+pub enum Identity {
+    /// Its validators, which are strong: a confirmed or re-fetched object keeps
+    /// its slices.
+    Validators,
+    /// Anything weaker is good for one fill only, which these set apart. The time
+    /// would not: two nodes, or one without a lease, may begin two fills within a
+    /// millisecond.
+    OneFill {
+        /// The purge index applied before it.
+        stamp: PurgeIndex,
+        /// A random number.
+        chance: u64,
+    },
+}
+
+/// The name of a version of the bytes.
 pub fn generation(
     key: &HashKey,
     object: ObjectKey,
     version: &Version,
-    strong: bool,
-    stamp: PurgeIndex,
-    chance: u64,
+    identity: Identity,
 ) -> Generation {
-    let fill = if strong { [0; 2] } else { [stamp.0, chance] };
+    let fill = match identity {
+        Identity::Validators => [0; 2],
+        Identity::OneFill { stamp, chance } => [stamp.0, chance],
+    };
     let etag = version.strong_etag();
     Generation(
         key.hash128(
@@ -325,10 +355,14 @@ mod tests {
             hard: PurgeIndex::default(),
         };
         let key = HashKey([7; 16]);
-        let generation = |strong, chance| {
-            generation(&key, ObjectKey(1), &version, strong, PurgeIndex(3), chance)
+        let generation = |identity| generation(&key, ObjectKey(1), &version, identity);
+        let one_fill = |chance| Identity::OneFill {
+            stamp: PurgeIndex(3),
+            chance,
         };
-        assert_ne!(generation(false, 1), generation(false, 2));
-        assert_eq!(generation(true, 1), generation(true, 2));
+        assert_ne!(generation(one_fill(1)), generation(one_fill(2)));
+        // The slices on disk are found under it.
+        let named = format!("{:032x}", generation(Identity::Validators).0);
+        assert_eq!(named, "1b702dc0fcfaeed3d99bc6c8907171fe");
     }
 }

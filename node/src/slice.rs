@@ -21,6 +21,14 @@ const _: () = assert!(
     PAGE_BYTES.is_multiple_of(DISK_STEP_BYTES) && DISK_STEP_BYTES.is_multiple_of(STEP_BYTES)
 );
 
+/// Bytes that have just arrived, or been checked, in parts of a page.
+pub(crate) fn pages(mut bytes: Bytes) -> impl Iterator<Item = Part> {
+    std::iter::from_fn(move || {
+        let page = bytes.split_to(bytes.len().min(PAGE_BYTES));
+        (!page.is_empty()).then(|| Part::new(page))
+    })
+}
+
 /// A slice in memory: one run of bytes and a CRC-32C for each page of it,
 /// computed when the bytes came from the origin and carried everywhere since.
 /// Cheap to clone.
@@ -133,14 +141,6 @@ impl Slice {
         }
         Some(parts)
     }
-}
-
-/// Bytes that have just been checked, in parts of a page.
-pub fn pages(mut bytes: Bytes) -> impl Iterator<Item = Part> {
-    std::iter::from_fn(move || {
-        let page = bytes.split_to(bytes.len().min(PAGE_BYTES));
-        (!page.is_empty()).then(|| Part::new(page))
-    })
 }
 
 /// A slice as it landed: its bytes in parts, each where it came to lie. Cheap to

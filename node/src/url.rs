@@ -5,6 +5,8 @@ use std::net::Ipv6Addr;
 
 use http::header;
 use pingora_http::RequestHeader;
+use pingora_slice_cluster::purge::Subject;
+use pingora_slice_cluster::slice::HashKey;
 use serde::{Deserialize, Serialize};
 
 use crate::config::QueryRules;
@@ -53,6 +55,12 @@ impl Url {
             host,
             target: format!("{slash}{target}"),
         })
+    }
+
+    /// The names of the object under which a purge covers it, but for its tags,
+    /// which its origin alone knows.
+    pub(crate) fn untagged_subject(&self, key: &HashKey) -> Subject {
+        Subject::new(key, &self.host, &self.target, &[] as &[&str])
     }
 
     /// The target's path, without the query.

@@ -8,11 +8,11 @@ use futures::{StreamExt, stream};
 use pingora_slice_cluster::NodeId;
 use pingora_slice_cluster::peer::{Body, BodyBroken, SliceSource};
 use pingora_slice_cluster::wire::{
-    Answer, Ask, Informational, Part, Resolution, ResolveAsk, SliceAsk, SliceOrigin,
+    Answer, Ask, Part, Resolution, ResolveAsk, SliceAsk, SliceOrigin,
 };
 
 use super::{
-    Engine, Failure, Fill, Forwarded, Found, Held, RelayBody, Request, Resolved, Verdict,
+    Engine, Failure, Fill, Found, Held, RelayBody, Request, Resolved, Verdict,
     is_worth_reading_whole,
 };
 use crate::admin::Inspect;
@@ -98,14 +98,7 @@ impl Engine {
             } else {
                 Resolution::Stale
             };
-            let found = Found {
-                object: object.clone(),
-                resolution,
-                collapsed: false,
-                forwarded: Forwarded::default(),
-                informational: Informational::new(),
-            };
-            return (answer_with(found), None);
+            return (answer_with(Found::stored(object.clone(), resolution)), None);
         }
         if ask.stored_only {
             let answer = match self.may_be_stored(request.key).await {
@@ -137,7 +130,7 @@ impl Engine {
                 }
                 let body = match relay.body {
                     RelayBody::Peer(body) => body,
-                    RelayBody::Bytes(rest) => stream::iter(pages(rest).map(Ok)).boxed(),
+                    RelayBody::Bytes(bytes) => stream::iter(pages(bytes).map(Ok)).boxed(),
                     RelayBody::Origin(body) => {
                         // For its connection's buffers.
                         let Some(permit) = self.inner.budget.transfer(0).await else {

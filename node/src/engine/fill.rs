@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use http::header::{ETAG, HeaderMap, HeaderName, IF_RANGE, LAST_MODIFIED};
 use pingora_slice_cluster::slice::{Touched, slice_range};
-use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Part, SliceAsk, Version};
+use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, SliceAsk, Version};
 use pingora_slice_cluster::{NodeId, ObjectKey, PurgeIndex, SliceId};
 
 use super::owners::PATIENCE;
@@ -22,7 +22,7 @@ use crate::flight::{FillError, Flight, FlightReader, Flights, SliceReader, Sourc
 use crate::manifest::Manifest;
 use crate::origin::{self, OriginAnswer, OriginAsk, OriginBody, OriginError};
 use crate::plan::weakly_equal;
-use crate::slice::{PAGE_BYTES, Slice, SliceParts};
+use crate::slice::{PAGE_BYTES, Slice, SliceParts, pages};
 use crate::stitch::Fault;
 use crate::url::Url;
 
@@ -812,9 +812,8 @@ impl Engine {
                 return Err(self.too_long(fill));
             }
             // At most a page each, so that peers can pass them on as they are.
-            while !bytes.is_empty() {
-                let part = bytes.split_to(bytes.len().min(PAGE_BYTES));
-                flight.land_among(Part::new(part));
+            for part in pages(bytes) {
+                flight.land_among(part);
             }
         }
         // Reads the framing's end, so that the connection can be used again.

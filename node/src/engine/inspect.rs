@@ -37,9 +37,7 @@ impl Inspect for Engine {
         let in_memory = self.inner.l1.record(request.key.0).is_some();
         let subject = match (&held, self.hash_key()) {
             (Some(held), _) => held.object.manifest.subject.clone(),
-            (None, Some(key)) => {
-                Subject::new(&key, &request.url.host, &request.url.target, &[] as &[&str])
-            }
+            (None, Some(key)) => request.url.untagged_subject(&key),
             (None, None) => Subject {
                 host: 0,
                 url: 0,

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pingora_slice_cluster::peer::{Body, PeerError};
-use pingora_slice_cluster::purge::Subject;
 use pingora_slice_cluster::ring::Ring;
 use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Resolution, ResolveAsk};
 use pingora_slice_cluster::{Generation, NodeId, ObjectKey};
@@ -103,12 +102,7 @@ impl Engine {
         stored_only: bool,
     ) -> Option<Resolved> {
         let hash_key = self.hash_key()?;
-        let subject = Subject::new(
-            &hash_key,
-            &request.url.host,
-            &request.url.target,
-            &[] as &[&str],
-        );
+        let subject = request.url.untagged_subject(&hash_key);
         let ask = Ask::Resolve(ResolveAsk {
             key: request.key,
             request: OriginRequest::clone(&request.origin),

@@ -8,7 +8,7 @@ use pingora_slice_cluster::wire::Headers;
 use super::{Engine, Fill};
 use crate::freshness;
 use crate::l1::Kept;
-use crate::manifest::{self, Manifest, Record, Stored};
+use crate::manifest::{self, Manifest, Record, Stored, Varies};
 use crate::url::Url;
 
 impl Engine {
@@ -20,26 +20,15 @@ impl Engine {
         url: &Url,
         headers: impl FnOnce() -> &'a Headers,
     ) -> Option<Arc<Stored>> {
-        match self.record(key.0).await? {
-            Kept::Manifest(object) => (object.manifest.url == *url).then_some(object),
+        let object = match self.record(key.0).await? {
+            Kept::Manifest(object) => object,
+            Kept::Varies(varies) if varies.url != *url => return None,
             Kept::Varies(varies) => {
-                if varies.0 != *url {
-                    return None;
-                }
-                let variant = manifest::variant_of(&varies.1, headers());
-                match self
-                    .record(manifest::variant_key(&self.hash_key()?, key, &variant))
-                    .await?
-                {
-                    Kept::Manifest(object) => {
-                        let matches =
-                            object.manifest.url == *url && object.manifest.variant == variant;
-                        matches.then_some(object)
-                    }
-                    Kept::Varies(_) => None,
-                }
+                let (at, variant) = varies.choose(&self.hash_key()?, key, headers());
+                self.record(at).await?.of_variant(&variant)?
             }
-        }
+        };
+        (object.manifest.url == *url).then_some(object)
     }
 
     pub(super) async fn record(&self, key: u128) -> Option<Kept> {
@@ -73,7 +62,7 @@ impl Engine {
                 None
             }
             Record::Manifest(manifest) => Some(Kept::Manifest(Arc::new(Stored::new(*manifest)))),
-            Record::Varies { url, by } => Some(Kept::Varies(Arc::new((url, by)))),
+            Record::Varies(varies) => Some(Kept::Varies(Arc::new(varies))),
         }
     }
 
@@ -110,11 +99,9 @@ impl Engine {
         drop(changing);
         if let Some(by) = by {
             let _changing = self.inner.changes.begin(key.0);
-            let record = Record::Varies {
-                url: url.clone(),
-                by: by.clone(),
-            };
-            keep(key.0, record, Kept::Varies(Arc::new((url, by))));
+            let varies = Varies { url, by };
+            let record = Record::Varies(varies.clone());
+            keep(key.0, record, Kept::Varies(Arc::new(varies)));
         }
         object
     }

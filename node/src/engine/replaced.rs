@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
-use pingora_slice_cluster::purge::{PurgeItem, PurgeMode, Scope, Subject};
+use pingora_slice_cluster::purge::{PurgeItem, PurgeMode, Scope};
 use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, ResolveAsk};
 use pingora_slice_cluster::{Generation, ObjectKey};
 use tokio::sync::watch;
@@ -94,7 +94,7 @@ impl Engine {
             return;
         };
         let url = fill.url();
-        let subject = Subject::new(&hash_key, &url.host, &url.target, &[] as &[&str]);
+        let subject = url.untagged_subject(&hash_key);
         if self.floor(&subject).plain > fill.stamp {
             return;
         }

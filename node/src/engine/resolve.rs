@@ -20,7 +20,7 @@ use super::together::{ManifestFlight, Outcome};
 use super::{Engine, Failure, Fill, Forwarded, Relay, RelayBody, Request, holds_what_is_wanted};
 use crate::config::OriginProbe;
 use crate::freshness::{self, Demands, NotStored, TAGS_MAX, unix_ms};
-use crate::manifest::{self, Freshness, Manifest, Stored};
+use crate::manifest::{self, Freshness, Identity, Manifest, Stored};
 use crate::origin::{self, OriginAnswer, OriginAsk, OriginError};
 use crate::plan;
 use crate::stitch::Fault;
@@ -187,7 +187,7 @@ impl Engine {
             && holds_what_is_wanted(manifest, request)
             && manifest.selects(&request.origin.headers)
             && manifest.stamp >= floor.hard
-            && ((leased && manifest.stamp >= floor.plain) || self.is_exact(request.key, manifest))
+            && ((leased && floor.allows(manifest.stamp)) || self.is_exact(request.key, manifest))
     }
 
     /// Whether a 304 vouches for each byte of a version: its validator was strong
@@ -198,9 +198,8 @@ impl Engine {
             return false;
         };
         let key = ObjectKey(manifest::variant_key(&hash_key, key, &manifest.variant));
-        let exact = |version: &Version| {
-            manifest::generation(&hash_key, key, version, true, PurgeIndex(0), 0)
-        };
+        let exact =
+            |version: &Version| manifest::generation(&hash_key, key, version, Identity::Validators);
         // A body that came without a length has one since it ended.
         let as_it_came = || Version {
             length: None,
@@ -217,7 +216,7 @@ impl Engine {
         let freshness = &manifest.freshness;
         let staleness = freshness.staleness(unix_ms(SystemTime::now()));
         let usable = self.inner.cluster.may_serve()
-            && manifest.stamp >= self.floor(&manifest.subject).plain
+            && self.floor(&manifest.subject).allows(manifest.stamp)
             && !freshness.must_revalidate
             && !freshness.no_cache
             && staleness <= freshness.stale_if_error
@@ -597,7 +596,13 @@ impl Engine {
             Some(_) => version.quoted_etag().is_some(),
             None => version.exact_date,
         };
-        let strong = status == 200 && has_strong_validator;
+        let identity = match status == 200 && has_strong_validator {
+            true => Identity::Validators,
+            false => Identity::OneFill {
+                stamp,
+                chance: rand::random(),
+            },
+        };
         let mut by = freshness::vary(&answer.headers)?;
         if !version.whole {
             // Slices are asked for as they are, whatever encodings the client takes.
@@ -611,14 +616,7 @@ impl Engine {
         Some(Manifest {
             url: Url::clone(&request.url),
             status,
-            generation: manifest::generation(
-                &hash_key,
-                object,
-                &version,
-                strong,
-                stamp,
-                rand::random(),
-            ),
+            generation: manifest::generation(&hash_key, object, &version, identity),
             headers: manifest::to_headers(&headers),
             version,
             probe,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use pingora_slice_cluster::purge::{Subject, joinable};
+use pingora_slice_cluster::purge::joinable;
 use pingora_slice_cluster::wire::{Informational, Resolution};
 use pingora_slice_cluster::{Generation, PurgeIndex};
 use tokio::sync::watch;
@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use super::{Engine, Failure, Forwarded, Found, Held, Relay, Request, Resolved, Verdict};
 use crate::freshness::{Demands, Use, unix_ms};
 use crate::l1::Kept;
-use crate::manifest::{self, Stored};
+use crate::manifest::Stored;
 
 /// Flights that one request joins in vain before it goes alone: the first may
 /// tell that the object varies, the next is for its own variant.
@@ -305,16 +305,12 @@ impl Engine {
         unfit: Option<&Arc<ManifestFlight>>,
     ) -> Result<(Arc<ManifestFlight>, bool), &'static str> {
         let hash_key = self.hash_key().ok_or("not-ready")?;
-        let subject = Subject::new(
-            &hash_key,
-            &request.url.host,
-            &request.url.target,
-            &[] as &[&str],
-        );
+        let subject = request.url.untagged_subject(&hash_key);
         let at = match self.inner.l1.record(request.key.0) {
             Some(Kept::Varies(varies)) => {
-                let variant = manifest::variant_of(&varies.1, &request.origin.headers);
-                manifest::variant_key(&hash_key, request.key, &variant)
+                varies
+                    .choose(&hash_key, request.key, &request.origin.headers)
+                    .0
             }
             _ => request.key.0,
         };
