@@ -102,8 +102,10 @@ pub enum Source {
     Flight,
     /// This node's disk.
     L2,
-    /// Another node.
+    /// Another node, which had it.
     Peer,
+    /// Another node, which asked the origin for it.
+    PeerFill,
     /// The origin.
     Origin,
 }
@@ -115,8 +117,22 @@ impl Source {
             Source::L1 => "l1",
             Source::Flight => "flight",
             Source::L2 => "l2",
-            Source::Peer => "peer",
+            Source::Peer | Source::PeerFill => "peer",
             Source::Origin => "origin",
+        }
+    }
+
+    /// Whether another node gave it.
+    pub fn is_peer(self) -> bool {
+        matches!(self, Source::Peer | Source::PeerFill)
+    }
+
+    /// What it is for bytes that the origin gave with a new manifest, wherever
+    /// they lay when they were read.
+    pub fn as_new(self) -> Source {
+        match self.is_peer() {
+            true => Source::PeerFill,
+            false => Source::Origin,
         }
     }
 }
@@ -144,6 +160,8 @@ struct Landed {
     untold: u32,
     source: Option<Source>,
     claimed: bool,
+    /// Somebody reads it, and counts its source.
+    is_counted: bool,
     outcome: Option<Result<(), FillError>>,
     /// A part was found damaged: no more readers.
     spoiled: bool,
@@ -275,10 +293,16 @@ impl Flight {
         self.landed().source = Some(source);
     }
 
+    /// Takes the right to count its source; only the first caller ever has it.
+    /// For all others the slice came from a fill that was under way.
+    pub fn is_first_to_count(&self) -> bool {
+        !std::mem::replace(&mut self.landed().is_counted, true)
+    }
+
     /// Whether it has nothing yet, and asks a peer for what that may have stored.
     pub fn is_asking_a_peer(&self) -> bool {
         let landed = self.landed();
-        landed.bytes == 0 && landed.source == Some(Source::Peer)
+        landed.bytes == 0 && landed.source.is_some_and(Source::is_peer)
     }
 
     /// Where the bytes came from, once known; where they are asked for.
@@ -567,6 +591,8 @@ pub enum SliceReader {
         reader: FlightReader,
         /// Whether somebody else had started it.
         joined: bool,
+        /// Whether this reader counts where its bytes come from.
+        is_first: bool,
         /// Where permits come from.
         budget: Budget,
         /// For the buffer that the flight's parts are views of.
@@ -674,7 +700,9 @@ impl SliceReader {
         match self {
             SliceReader::Stored { source, .. } => *source,
             SliceReader::Copied { .. } => Source::L1,
-            SliceReader::Flight { joined: true, .. } => Source::Flight,
+            SliceReader::Flight {
+                is_first: false, ..
+            } => Source::Flight,
             SliceReader::Flight { reader, .. } => {
                 reader.flight().source().unwrap_or(Source::Origin)
             }
@@ -825,6 +853,7 @@ mod tests {
         SliceReader::Flight {
             reader: flights.get(&id()).unwrap().read(range),
             joined: false,
+            is_first: true,
             budget,
             pin: None,
             more: false,

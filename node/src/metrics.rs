@@ -109,7 +109,7 @@ metrics! {
     // Cache.
     /// Slices delivered without asking the origin for them.
     cache_hits_total: IntCounter;
-    /// Slices that the origin had to be asked for.
+    /// Slices that the origin had to be asked for, by this node or by the owner for it.
     cache_misses_total: IntCounter;
     /// Percent, 0 to 100: hits of hits and misses since start. Worry below 50 for ten minutes.
     cache_hit_rate: Gauge;

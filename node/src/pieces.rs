@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, Bytes};
 use futures::FutureExt;
 use pingora_slice_cluster::slice::{Touched, touched};
+use pingora_slice_cluster::wire::Resolution;
 
 use crate::budget::Permit;
 use crate::engine::{Engine, Found, Request};
@@ -46,6 +47,9 @@ pub(crate) struct Pieces<'a> {
     in_hand: Vec<Permit>,
     /// What came after the last run, where it was no piece: an error, or the end.
     end: Option<Option<FillError>>,
+    /// The next slice is the first of an answer that its request brought from the
+    /// origin: it came with the manifest, and may have landed since.
+    is_new: bool,
     /// Time spent waiting for slices.
     pub(crate) waited: Duration,
 }
@@ -93,6 +97,7 @@ impl<'a> Pieces<'a> {
             form,
             in_hand: Vec::new(),
             end: None,
+            is_new: found.resolution == Resolution::Miss && !found.collapsed,
             waited: Duration::ZERO,
         }
     }
@@ -173,7 +178,7 @@ impl<'a> Pieces<'a> {
                     ..
                 } => {
                     if bytes > 0 {
-                        count_slice(metrics, reader.source(), bytes);
+                        count(&mut self.is_new, metrics, &reader, bytes);
                     }
                     let slice_start = u64::from(part.index) * u64::from(version.slice_bytes);
                     let start = slice_start + u64::from(part.start) + bytes;
@@ -271,7 +276,7 @@ impl<'a> Pieces<'a> {
                             *reader = self.engine.open(self.request, object, rest, None);
                         }
                         Some(Err(error)) => {
-                            count_slice(metrics, reader.source(), *bytes);
+                            count(&mut self.is_new, metrics, reader, *bytes);
                             return Some(Err(error));
                         }
                         None if reader.has_more() => {
@@ -283,7 +288,7 @@ impl<'a> Pieces<'a> {
                             *reader = self.engine.open(self.request, object, rest, None);
                         }
                         None => {
-                            count_slice(metrics, reader.source(), *bytes);
+                            count(&mut self.is_new, metrics, reader, *bytes);
                             let wanted = u64::from(part.end - part.start);
                             let short = match self.found.object.manifest.length() {
                                 Some(_) => *bytes != wanted,
@@ -369,6 +374,15 @@ fn may_be_had_again(error: &FillError, reader: &SliceReader) -> bool {
     }
 }
 
+/// Counts a slice of an answer, and that those after it are not the first.
+fn count(is_new: &mut bool, metrics: &Metrics, reader: &SliceReader, bytes: u64) {
+    let source = match std::mem::take(is_new) {
+        true => reader.source().as_new(),
+        false => reader.source(),
+    };
+    count_slice(metrics, source, bytes);
+}
+
 /// Counts a slice that was read, as far as it was.
 pub(crate) fn count_slice(metrics: &Metrics, source: Source, bytes: u64) {
     metrics
@@ -381,7 +395,7 @@ pub(crate) fn count_slice(metrics: &Metrics, source: Source, bytes: u64) {
             metrics.bytes_from_cache_total.inc_by(bytes);
         }
         Source::Flight | Source::Peer => metrics.cache_hits_total.inc(),
-        Source::Origin => metrics.cache_misses_total.inc(),
+        Source::PeerFill | Source::Origin => metrics.cache_misses_total.inc(),
     }
 }
 

@@ -102,6 +102,37 @@ async fn the_counters_agree_with_the_origin_and_the_clients() {
     }
 }
 
+/// What the origin had to be asked for is a miss, whichever node asked; what any
+/// node had is a hit.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slice_that_its_owner_has_to_fetch_is_a_miss() {
+    let cluster = TestCluster::start(3).await;
+    let mut films = vec![cluster.origin.publish("/film", 4 * MIB)];
+    // Most of a web site: the first slice, which comes with the manifest, is all.
+    for owner in 1..=3 {
+        films.extend(cluster.films_owned_by(owner, 2, SLICE_BYTES / 2).await);
+    }
+    let slices: f64 = films.iter().map(|film| film.slices() as f64).sum();
+    let counted = async |misses: f64, hits: f64| {
+        cluster
+            .node(1)
+            .until("all slices are counted", async || {
+                cluster.metric_sum("slices_total").await >= misses + hits
+            })
+            .await;
+        assert_eq!(cluster.metric_sum("cache_misses_total").await, misses);
+        assert_eq!(cluster.metric_sum("cache_hits_total").await, hits);
+    };
+    for film in &films {
+        cluster.node(1).read(film).await;
+    }
+    counted(slices, 0.0).await;
+    for film in &films {
+        cluster.node(2).read(film).await;
+    }
+    counted(slices, slices).await;
+}
+
 /// With the origin down, the log says what was started and names a failed
 /// request, not all of them; every answer is counted by its class.
 #[tokio::test(flavor = "multi_thread")]

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::admin::Inspect;
 use crate::budget::Permit;
-use crate::flight::{FillError, FlightReader};
+use crate::flight::{FillError, FlightReader, Source};
 use crate::freshness::{Demands, Use};
 use crate::manifest::{self, Record};
 use crate::slice::{PAGE_BYTES, pages};
@@ -232,11 +232,6 @@ impl Engine {
         if ask.stored_only && !may_come {
             return (Answer::Missing, None);
         }
-        let source = if under_way.is_some() {
-            SliceOrigin::Flight
-        } else {
-            SliceOrigin::Origin
-        };
         let permit = match is_small {
             true => self.room_for_peer(slice_bytes).await,
             false => Some(permit),
@@ -245,6 +240,7 @@ impl Engine {
             return (Answer::Busy, None);
         };
         let (flight, started) = self.join_fill(&fill, Some(permit));
+        let is_first = flight.is_first_to_count();
         let mut reader = flight.read(ask.start..ask.end);
         match reader.next().await {
             None => (Answer::PastEnd, None),
@@ -258,6 +254,13 @@ impl Engine {
             }
             Some(Ok(first)) => {
                 let slice_bytes = fill.slice_bytes();
+                let source = match flight.source() {
+                    _ if !is_first => SliceOrigin::Flight,
+                    Some(Source::Origin | Source::PeerFill) | None => SliceOrigin::Origin,
+                    Some(Source::L1 | Source::L2 | Source::Peer | Source::Flight) => {
+                        SliceOrigin::Stored
+                    }
+                };
                 (
                     Answer::Slice {
                         slice_bytes,

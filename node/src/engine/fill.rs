@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use http::header::{ETAG, HeaderMap, HeaderName, IF_RANGE, LAST_MODIFIED};
 use pingora_slice_cluster::slice::{Touched, slice_range};
-use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, SliceAsk, Version};
+use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, SliceAsk, SliceOrigin, Version};
 use pingora_slice_cluster::{NodeId, ObjectKey, PurgeIndex, SliceId};
 
 use super::owners::PATIENCE;
@@ -222,6 +222,7 @@ impl Engine {
         more: bool,
     ) -> SliceReader {
         SliceReader::Flight {
+            is_first: reader.flight().is_first_to_count(),
             reader,
             joined,
             budget: self.inner.budget.clone(),
@@ -250,10 +251,11 @@ impl Engine {
             }
         }
         let (whole, started) = self.flight_of(fill.clone(), None);
+        let is_first = whole.is_first_to_count();
         let result = follow(&whole, started, flight).await;
-        flight.note_source(match started {
-            true => whole.source().unwrap_or(Source::Origin),
-            false => Source::Flight,
+        flight.note_source(match whole.source() {
+            Some(source) if is_first => source,
+            _ => Source::Flight,
         });
         result
     }
@@ -362,7 +364,7 @@ impl Engine {
         flight.finish(result);
         // The slice is kept before the flight is forgotten: nobody misses
         // both. What came from the origin was kept by the fill below ours.
-        if flight.source() == Some(Source::Peer) {
+        if flight.source().is_some_and(Source::is_peer) {
             self.land(&fill, &flight);
         }
         self.inner.fetches.remove(&flight);
@@ -433,8 +435,15 @@ impl Engine {
             .ask(owner, &ask)
             .await
             .map_err(|e| NextSource(e.to_string()))?;
-        let mut body = match answer {
-            Answer::Slice { .. } => body.ok_or_else(|| NextSource("no body".into()))?,
+        let (mut body, source) = match answer {
+            Answer::Slice { source, .. } => {
+                let body = body.ok_or_else(|| NextSource("no body".into()))?;
+                let source = match source {
+                    SliceOrigin::Origin => Source::PeerFill,
+                    SliceOrigin::Stored | SliceOrigin::Flight => Source::Peer,
+                };
+                (body, source)
+            }
             Answer::PastEnd if fill.version.length.is_none() => return Ok(Ok(())),
             Answer::Changed => return Ok(Err(FillError::Changed)),
             Answer::Failed { status } if status < 500 => {
@@ -442,7 +451,7 @@ impl Engine {
             }
             other => return Err(NextSource(format!("{other:?}"))),
         };
-        flight.note_source(Source::Peer);
+        flight.note_source(source);
         loop {
             let next = tokio::time::timeout(PATIENCE, body.next());
             match flight.coming(next).await {
@@ -477,7 +486,10 @@ impl Engine {
     /// that ask this node for the same slice.
     async fn from_own_fill(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
         let (own, started) = self.join_fill(fill, flight.permit());
-        flight.note_source(Source::Origin);
+        flight.note_source(match own.is_first_to_count() {
+            true => Source::Origin,
+            false => Source::Flight,
+        });
         follow(&own, started, flight).await
     }
 
@@ -578,6 +590,8 @@ impl Engine {
             return;
         }
         flight.note_source(Source::Origin);
+        // Whoever got the manifest counts it: see `pieces::count`.
+        flight.is_first_to_count();
         let (engine, guard) = (self.clone(), self.inner.fills.guard(&flight));
         self.inner.runtime.spawn(async move {
             let _guard = guard;
@@ -640,7 +654,7 @@ impl Engine {
             true => {
                 (self.inner.l2.as_ref()).is_some_and(|l2| l2.keep_slice(fill.slice, slice.clone()))
             }
-            false => flight.source() == Some(Source::Peer),
+            false => flight.source().is_some_and(Source::is_peer),
         };
         // Without ranges it takes the whole object to have it again.
         match is_elsewhere && !fill.version.whole {
