@@ -730,20 +730,53 @@ async fn until_writable(l2: &Store) {
     }
 }
 
-/// Runs in a mount namespace; where the system does not allow one, it says so and proves nothing.
 #[test]
 fn a_full_disk_costs_writes_and_nothing_else() {
+    on_a_disk_of("96m", "child_fills_its_disk");
+}
+
+/// Not a test by itself: `others_on_its_disk_have_room` runs it on a small file system.
+#[tokio::test]
+#[ignore = "fills the file system it is given"]
+async fn child_leaves_room() {
+    let Some(dir) = std::env::var_os(CHILD_DIR) else {
+        return;
+    };
+    let l2 = open(&Path::new(&dir).join("store"), 400 * MIB);
+    for n in 0..240 {
+        keep(&l2, n, 1 << 20).await;
+    }
+    assert!(!l2.shared.is_keeping.load(Ordering::Relaxed));
+    let disk = rustix::fs::statvfs(&dir).unwrap();
+    let free = disk.f_bavail * disk.f_frsize;
+    // An eighth, less what the index has taken since the last region was begun.
+    assert!(free > 30 * MIB, "{free}");
+    l2.stop().await;
+
+    // Now it is full: what is stored is found all the same.
+    let filler = File::create(Path::new(&dir).join("filler")).unwrap();
+    fill(&filler);
+    let l2 = open(&Path::new(&dir).join("store"), 400 * MIB);
+    assert!(has(&l2, 239, 1 << 20).await);
+    l2.stop().await;
+    println!("done");
+}
+
+#[test]
+fn others_on_its_disk_have_room() {
+    on_a_disk_of("256m", "child_leaves_room");
+}
+
+/// Runs a test alone, in a mount namespace, with a file system of this size for its
+/// directory. Where the system does not allow one, it says so and proves nothing.
+fn on_a_disk_of(size: &str, test: &str) {
     let dir = tempfile::tempdir().unwrap();
-    let mount = "mount -t tmpfs -o size=96m tmpfs \"$0\" || exit 77; exec \"$@\"";
+    let mount = format!("mount -t tmpfs -o size={size} tmpfs \"$0\" || exit 77; exec \"$@\"");
     let child = Command::new("unshare")
-        .args(["-rm", "sh", "-c", mount])
+        .args(["-rm", "sh", "-c", &mount])
         .args([dir.path(), &std::env::current_exe().unwrap()])
-        .args([
-            "--exact",
-            "l2::tests::child_fills_its_disk",
-            "--ignored",
-            "--nocapture",
-        ])
+        .args(["--exact", &format!("l2::tests::{test}")])
+        .args(["--ignored", "--nocapture"])
         .env(CHILD_DIR, dir.path())
         .output();
     match child {

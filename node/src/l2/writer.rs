@@ -35,6 +35,20 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 const TEND_PAUSE: Duration = Duration::from_millis(5);
 /// Of a region that is started over, at most one part in this many is written again.
 const KEPT_DIVISOR: u32 = 2;
+/// Of the disk, what is left to others: a fiftieth, within these. A disk of 500 GB
+/// keeps 8 GiB free, for a day of logs and for a Raft log.
+const RESERVE_DIVISOR: u64 = 50;
+const RESERVE_BYTES_MIN: u64 = 1 << 30;
+const RESERVE_BYTES_MAX: u64 = 8 << 30;
+/// But no more than this part of a small disk.
+const RESERVE_SMALL_DIVISOR: u64 = 8;
+
+/// Bytes that the store leaves free of a disk of `disk_bytes`.
+fn reserve_bytes(disk_bytes: u64) -> u64 {
+    (disk_bytes / RESERVE_DIVISOR)
+        .clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX)
+        .min(disk_bytes / RESERVE_SMALL_DIVISOR)
+}
 
 /// What the writer is asked to do.
 pub enum Job {
@@ -328,14 +342,17 @@ impl Writer {
         kept
     }
 
-    /// The file of a region never used, unless the index could not grow then.
+    /// The file of a region never used, unless the index could not grow then, or
+    /// others on the disk would be left without room: a log, the purges.
     fn grow(&self, region: u32) -> io::Result<File> {
         let regions = &self.shared.regions;
         let region_bytes = u64::from(regions.region_bytes());
         // One that was made in vain has its space.
         let wanted = region_bytes.saturating_sub(regions.held_bytes(region));
         let disk = rustix::fs::statvfs(&self.shared.dir)?;
-        if disk.f_bavail * disk.f_frsize < wanted + region_bytes.min(self.index.free_bytes()) {
+        let spare = reserve_bytes(disk.f_blocks * disk.f_frsize)
+            .max(region_bytes.min(self.index.free_bytes()));
+        if disk.f_bavail * disk.f_frsize < wanted + spare {
             return Err(io::ErrorKind::StorageFull.into());
         }
         regions.file(region)
@@ -442,5 +459,25 @@ impl Writer {
             File::create(&path).and_then(|file| region::allocate(&file, self.index.step_bytes()));
         let _ = std::fs::remove_file(&path);
         probed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_on_the_disk_have_room_and_a_small_disk_is_used() {
+        const GIB: u64 = 1 << 30;
+        let cases = [
+            (256 << 20, 32 << 20),
+            (8 * GIB, GIB),
+            (50 * GIB, GIB),
+            (200 * GIB, 4 * GIB),
+            (4000 * GIB, 8 * GIB),
+        ];
+        for (disk, reserve) in cases {
+            assert_eq!(reserve_bytes(disk), reserve, "{disk}");
+        }
     }
 }
