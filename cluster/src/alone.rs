@@ -4,12 +4,17 @@
 //! answered is still known after a power cut; every [`SNAPSHOT_EVERY`] commands
 //! the state is written as a whole and the commands before it are dropped.
 //! Without a directory everything is in memory, and dies with the cache.
+//!
+//! A disk that others have filled does not end the node at once: a few bytes are
+//! held in reserve for the commands, and given up for them then.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use openraft::AnyError;
+use rustix::fs::FallocateFlags;
 use tokio::sync::watch;
 
 use crate::data_dir::DataDir;
@@ -26,6 +31,11 @@ use crate::{NodeId, PurgeIndex};
 pub(crate) const ME: NodeId = NodeId(1);
 /// Commands between two snapshots: a start replays no more than these.
 const SNAPSHOT_EVERY: u64 = 4096;
+/// Held in reserve: a command takes some 200 bytes, so these are enough for 20,000
+/// of them, or for days of purges on a full disk.
+const RESERVE_BYTES: u64 = 4 << 20;
+/// It is taken, again, only where this many times as much is free.
+const RESERVE_MARGIN: u64 = 4;
 
 /// See the module's text.
 pub(crate) struct Alone {
@@ -37,11 +47,14 @@ pub(crate) struct Alone {
 
 /// The commands on disk.
 struct Kept {
-    rows: Rows,
+    /// `None`: closed by a failure, and not opened again.
+    rows: Option<Rows>,
     snapshot: PathBuf,
+    /// Whether the reserve is held.
+    has_reserve: bool,
     /// Highest command in the snapshot.
     folded: PurgeIndex,
-    _dir: DataDir,
+    dir: DataDir,
 }
 
 impl Alone {
@@ -139,8 +152,8 @@ impl Alone {
     fn execute(&self, command: Command) -> Result<Outcome, AnyError> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let index = PurgeIndex(self.replica.applied().0 + 1);
-        if let Some(kept) = &*kept
-            && let Err(e) = kept.append(index, &command)
+        if let Some(kept) = &mut *kept
+            && let Err(e) = kept.append_surely(index, &command)
         {
             let path = kept.snapshot.clone();
             let reason = e.to_string();
@@ -173,10 +186,18 @@ impl Alone {
     }
 }
 
+fn rows_path(dir: &DataDir) -> PathBuf {
+    dir.path().join("alone")
+}
+
+fn reserve_path(dir: &DataDir) -> PathBuf {
+    dir.path().join("reserve")
+}
+
 impl Kept {
     fn open(dir: DataDir) -> Result<(Kept, Arc<Replica>), StartError> {
         let snapshot = dir.path().join("alone.snapshot");
-        let rows = Rows::open(&dir.path().join("alone"))?;
+        let rows = Rows::open(&rows_path(&dir))?;
         let load = || -> Result<Arc<Replica>, AnyError> {
             let state = match read_file(&snapshot).map_err(|e| AnyError::new(&e))? {
                 Some(bytes) => ClusterState::from_bytes(&bytes).map_err(|e| AnyError::new(&e))?,
@@ -199,32 +220,86 @@ impl Kept {
         })?;
         // Only how soon the next snapshot is due: it need not be exact.
         let folded = replica.applied();
-        Ok((
-            Kept {
-                rows,
-                snapshot,
-                folded,
-                _dir: dir,
-            },
-            replica,
-        ))
+        let mut kept = Kept {
+            rows: Some(rows),
+            snapshot,
+            has_reserve: false,
+            folded,
+            dir,
+        };
+        kept.hold_reserve();
+        Ok((kept, replica))
+    }
+
+    /// Puts a command on disk; once more, with the reserve given up, where that fails.
+    fn append_surely(&mut self, index: PurgeIndex, command: &Command) -> Result<(), AnyError> {
+        let appended = match self.append(index, command) {
+            // What was written of it, if anything, has the same index.
+            Err(error) if self.give_reserve() => {
+                tracing::warn!(%error, "the purge log could not be written; its reserve on disk is given up, and it is tried again");
+                self.append(index, command)
+            }
+            appended => appended,
+        };
+        if appended.is_ok() {
+            self.hold_reserve();
+        }
+        appended
     }
 
     fn append(&self, index: PurgeIndex, command: &Command) -> Result<(), AnyError> {
         let row = (index.0.to_be_bytes().to_vec(), encode(&(index.0, command))?);
-        self.rows.commit([row], [], true)
+        self.rows()?.commit([row], [], true)
+    }
+
+    fn rows(&self) -> Result<&Rows, AnyError> {
+        self.rows
+            .as_ref()
+            .ok_or_else(|| AnyError::error("the log is closed"))
+    }
+
+    /// Takes the reserve, unless it is held or the disk is short of room.
+    fn hold_reserve(&mut self) {
+        let path = reserve_path(&self.dir);
+        let hold = || -> std::io::Result<bool> {
+            let disk = rustix::fs::statvfs(self.dir.path())?;
+            if disk.f_bavail * disk.f_frsize < RESERVE_MARGIN * RESERVE_BYTES {
+                return Ok(false);
+            }
+            let file = File::create(&path)?;
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, RESERVE_BYTES)?;
+            Ok(true)
+        };
+        self.has_reserve = self.has_reserve || hold().unwrap_or(false);
+    }
+
+    /// Frees the reserve, and opens the log again, which a failure has closed for
+    /// good. `false`: it is the same as before.
+    fn give_reserve(&mut self) -> bool {
+        if !std::mem::take(&mut self.has_reserve)
+            || std::fs::remove_file(reserve_path(&self.dir)).is_err()
+        {
+            return false;
+        }
+        // First this one: two cannot have it.
+        self.rows = None;
+        match Rows::open(&rows_path(&self.dir)) {
+            Ok(rows) => self.rows = Some(rows),
+            Err(error) => tracing::warn!(%error, "the purge log could not be opened again"),
+        }
+        true
     }
 
     fn fold(&mut self, replica: &Replica) -> Result<(), AnyError> {
         let state = replica.state().clone();
         replace_file(&self.snapshot, &state.to_bytes()).map_err(|e| AnyError::new(&e))?;
-        let commands: Vec<(u64, Command)> = self.rows.scan(&[])?;
+        let commands: Vec<(u64, Command)> = self.rows()?.scan(&[])?;
         let covered = commands
             .into_iter()
             .map(|(index, _)| index)
             .filter(|index| *index <= state.applied().0)
             .map(|index| index.to_be_bytes().to_vec());
-        self.rows.commit([], covered, true)?;
+        self.rows()?.commit([], covered, true)?;
         self.folded = state.applied();
         Ok(())
     }
@@ -286,7 +361,8 @@ mod tests {
             let mut kept = alone.kept.lock().unwrap();
             let kept = kept.as_mut().unwrap();
             kept.fold(&alone.replica).unwrap();
-            assert_eq!(kept.rows.scan::<(u64, Command)>(&[]).unwrap(), []);
+            let rows = kept.rows().unwrap();
+            assert_eq!(rows.scan::<(u64, Command)>(&[]).unwrap(), []);
         }
         let after = alone.purge(url(&key, "/after"), 99).unwrap().index;
         drop(alone);

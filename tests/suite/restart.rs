@@ -113,6 +113,38 @@ async fn one_machine_remembers_its_purges() {
     cluster.node(1).read(&film).await;
 }
 
+/// Others have filled the disk: purges are kept all the same, the node goes on, and so
+/// it does when the disk is full a second time.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_machine_keeps_its_purges_on_a_full_disk() {
+    let mut cluster = Options::alone().small_disks(64 * MIB).start().await;
+    let film = cluster.origin.publish("/film", SLICE_BYTES);
+    let urls: Vec<String> = (0..500).map(|n| format!("http://films.test/{n}")).collect();
+    for _ in 0..2 {
+        let Some(disk) = cluster.node(1).disk() else {
+            return eprintln!("NOT TESTED, no disk can be mounted");
+        };
+        disk.fill();
+        for _ in 0..5 {
+            let many = serde_json::json!({"urls": urls});
+            let (status, said) = cluster.node(1).admin("POST", "/v1/purge", Some(many)).await;
+            assert_eq!(status, 200, "{said}");
+            cluster.read_from_every_node(&film).await;
+            film.change();
+            cluster.node(1).purge("/film").await;
+        }
+        cluster.read_from_every_node(&film).await;
+        cluster.node(1).disk().expect("as before").relieve();
+        // The reserve is held again from the next purge on.
+        cluster.node(1).purge("/other").await;
+    }
+    film.change();
+    let purge = cluster.node(1).purge("/film").await;
+    cluster.node_mut(1).restart().await;
+    cluster.until_applied(&purge).await;
+    cluster.read_from_every_node(&film).await;
+}
+
 /// A new slice size is for new generations: the old ones stay good.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_slice_size_can_be_changed_without_losing_the_cache() {
