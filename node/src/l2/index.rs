@@ -203,9 +203,10 @@ impl Epoch {
             && cut_journal(&self.dir.path).is_ok()
     }
 
-    fn region_bytes(&self) -> Option<u32> {
-        let row = self.regions.get(REGION_BYTES_KEY).ok()??;
-        Some(u32::from_be_bytes(row.as_ref().try_into().ok()?))
+    /// `None`: it was not made to the end.
+    fn region_bytes(&self) -> Result<Option<u32>, fjall::Error> {
+        let row = self.regions.get(REGION_BYTES_KEY)?;
+        Ok(row.and_then(|row| Some(u32::from_be_bytes(row.as_ref().try_into().ok()?))))
     }
 
     fn region_rows(&self) -> Result<Vec<(u32, u64)>, fjall::Error> {
@@ -255,7 +256,11 @@ impl IndexWriter {
     /// Opens what is in `dir`, as far as it can be opened. Epochs that are
     /// damaged or not complete are set aside, and the oldest are removed until
     /// all fit in `share_bytes`. There may be none left: then `begin` one.
-    pub fn open(dir: PathBuf, share_bytes: u64) -> IndexWriter {
+    ///
+    /// # Errors
+    /// The newest cannot be opened now, and may be later: without it the regions'
+    /// files would be taken for somebody else's.
+    pub fn open(dir: PathBuf, share_bytes: u64) -> Result<IndexWriter, fjall::Error> {
         let index = Arc::new(Index {
             epochs: ArcSwap::default(),
             disk_bytes: AtomicU64::new(0),
@@ -273,8 +278,8 @@ impl IndexWriter {
             leaving: Weak::new(),
             sealed: Vec::new(),
         };
-        writer.load();
-        writer
+        writer.load()?;
+        Ok(writer)
     }
 
     /// The reading side.
@@ -285,7 +290,7 @@ impl IndexWriter {
     /// The size of a region and the region table; `None` without an epoch.
     pub fn regions(&self) -> Option<(u32, Vec<(u32, u64)>)> {
         let newest = self.newest()?;
-        Some((newest.region_bytes()?, newest.region_rows().ok()?))
+        Some((newest.region_bytes().ok()??, newest.region_rows().ok()?))
     }
 
     /// Removes every epoch.
@@ -387,16 +392,18 @@ impl IndexWriter {
         let epochs = self.index.epochs.load_full();
         match epochs.split_first() {
             None => {
-                self.load();
+                self.load()?;
                 if self
                     .newest()
-                    .is_some_and(|newest| newest.region_bytes() != Some(regions.region_bytes()))
+                    .is_some_and(|newest| !matches!(newest.region_bytes(), Ok(Some(bytes)) if bytes == regions.region_bytes()))
                 {
                     self.discard();
                 }
             }
             Some((newest, rest)) if self.is_mended && self.written < self.memtable_bytes() => {
                 self.carry = None;
+                // What is the newest then was not made here.
+                self.is_mended = false;
                 newest.dir.is_doomed.store(true, Ordering::Relaxed);
                 self.index.epochs.store(Arc::new(rest.to_vec()));
             }
@@ -442,8 +449,9 @@ impl IndexWriter {
         Ok(!self.sealed.is_empty())
     }
 
-    /// Opens the epochs in the directory, newest first.
-    fn load(&mut self) {
+    /// Opens the epochs in the directory, newest first. An error: the newest of
+    /// them cannot be opened now.
+    fn load(&mut self) -> Result<(), fjall::Error> {
         let mut numbers: Vec<u64> = Vec::new();
         for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let name = PathBuf::from(entry.file_name());
@@ -467,9 +475,11 @@ impl IndexWriter {
         {
             // Hostile bytes may trip an assertion in fjall; that epoch is lost, not the node.
             let opened = catch_unwind(AssertUnwindSafe(|| Epoch::open(&path)));
-            match opened.unwrap_or(Err(fjall::Error::Unrecoverable)) {
-                Ok(epoch) if epoch.region_bytes().is_some() => epochs.push(Arc::new(epoch)),
-                Ok(epoch) => epoch.dir.is_doomed.store(true, Ordering::Relaxed),
+            let opened = opened.unwrap_or(Err(fjall::Error::Unrecoverable));
+            match opened.and_then(|epoch| Ok((epoch.region_bytes()?, epoch))) {
+                Ok((Some(_), epoch)) => epochs.push(Arc::new(epoch)),
+                Ok((None, epoch)) => epoch.dir.is_doomed.store(true, Ordering::Relaxed),
+                Err(error) if is_passing(&error) && epochs.is_empty() => return Err(error),
                 Err(error) if is_passing(&error) => {
                     warn!(path = %path.display(), %error, "a part of the disk store's index cannot be opened now");
                 }
@@ -487,6 +497,7 @@ impl IndexWriter {
         }
         self.index.epochs.store(Arc::new(epochs));
         while self.measure() > self.share_bytes && self.evict() {}
+        Ok(())
     }
 
     fn renew(&mut self, table: Table, key: &[u8]) -> Result<(), WriteError> {

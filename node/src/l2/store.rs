@@ -166,7 +166,13 @@ impl Store {
         std::fs::create_dir_all(dir.join("index")).map_err(disk_error)?;
 
         let mut layout = Layout::of(config.bytes_max, None);
-        let mut index = IndexWriter::open(dir.join("index"), layout.index_bytes);
+        let mut index =
+            IndexWriter::open(dir.join("index"), layout.index_bytes).map_err(|error| {
+                L2Error::Disk {
+                    path: dir.join("index"),
+                    reason: error.to_string(),
+                }
+            })?;
         let mut known = Vec::new();
         if let Some((region_bytes, rows)) = index.regions() {
             let same = Layout::of(config.bytes_max, Some(region_bytes));

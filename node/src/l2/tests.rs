@@ -11,7 +11,8 @@ use std::time::Instant;
 
 use pingora_slice_cluster::Generation;
 
-use super::region::{REGION_BYTES_MAX, disk_bytes};
+use super::index::IndexWriter;
+use super::region::{REGION_BYTES_MAX, Regions, disk_bytes};
 use super::row::INLINE_BYTES_MAX;
 use super::store::{
     L2_BYTES_MIN, Layout, REGION_SLACK_BYTES, REGIONS_MIN, SLACK_BYTES, Store, cut,
@@ -490,6 +491,54 @@ fn a_read_that_fails_for_now_costs_nothing_else() {
         child.status.success() && output.contains("done"),
         "{child:?}"
     );
+}
+
+/// Whoever holds the newest part of the index for now: the rest waits for it.
+#[tokio::test]
+async fn an_index_that_cannot_be_opened_now_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let l2 = open(dir.path(), 32 * MIB);
+    keep(&l2, 1, 100_000).await;
+    l2.stop().await;
+    let files = region_files(dir.path());
+    assert!(!files.is_empty());
+
+    let epoch = std::fs::read_dir(dir.path().join("index")).unwrap().next();
+    let held = File::open(epoch.unwrap().unwrap().path().join("lock")).unwrap();
+    held.lock().unwrap();
+    let config = L2Config {
+        dir: dir.path().to_owned(),
+        bytes_max: 32 * MIB,
+    };
+    let opened = Store::open(config, InMemory::default());
+    assert!(matches!(opened, Err(L2Error::Disk { .. })));
+    drop((opened, held));
+    assert_eq!(region_files(dir.path()), files);
+    let l2 = open(dir.path(), 32 * MIB);
+    assert!(has(&l2, 1, 100_000).await);
+    l2.stop().await;
+}
+
+/// However often no other can be begun: only an index that was begun because of a
+/// failure is given up for the next one.
+#[test]
+fn repairs_that_fail_cost_no_index_that_was_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let index = dir.path().join("index");
+    std::fs::create_dir(&index).unwrap();
+    let regions = Regions::open(dir.path().join("regions"), 1 << 20, 3, &[]).unwrap();
+    let mut writer = IndexWriter::open(index.clone(), 16 * MIB).unwrap();
+    writer.begin(&regions).unwrap();
+    writer.put_manifest(1, Some(b"manifest")).unwrap();
+    writer.repair(&regions).unwrap();
+
+    std::fs::rename(&index, dir.path().join("away")).unwrap();
+    File::create(&index).unwrap();
+    for _ in 0..3 {
+        assert!(writer.repair(&regions).is_err());
+        let found = writer.index().manifest(1).unwrap();
+        assert!(found.is_some_and(|found| &found.row[..] == b"manifest"));
+    }
 }
 
 /// Overwrites every file below `dir`.
