@@ -22,7 +22,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
@@ -111,6 +111,10 @@ pub struct Regions {
 struct Region {
     /// 0: never written, or its row is lost.
     generation: AtomicU64,
+    /// While it is started over: the generation before, of which entries are still
+    /// being moved, and how much of that has been written over, bytes; else 0.
+    before: AtomicU64,
+    written_over: AtomicU32,
     hits: Box<[AtomicU64]>,
 }
 
@@ -129,6 +133,8 @@ impl Regions {
         let table: Box<[Region]> = (0..count)
             .map(|_| Region {
                 generation: AtomicU64::new(0),
+                before: AtomicU64::new(0),
+                written_over: AtomicU32::new(0),
                 hits: (0..words).map(|_| AtomicU64::new(0)).collect(),
             })
             .collect();
@@ -187,8 +193,17 @@ impl Regions {
 
     /// Whether the region still holds what it held when `place` was written.
     pub fn is_live(&self, place: &Place) -> bool {
-        self.generation(place.region) == place.generation
+        (self.generation(place.region) == place.generation || self.is_being_moved(place))
             && place.end() <= u64::from(self.region_bytes)
+    }
+
+    /// Whether the region is being started over, and this has not been written over yet.
+    fn is_being_moved(&self, place: &Place) -> bool {
+        self.table.get(place.region as usize).is_some_and(|region| {
+            region.before.load(Ordering::Acquire) == place.generation
+                && place.generation > 0
+                && region.written_over.load(Ordering::Acquire) <= place.offset
+        })
     }
 
     /// Remembers that the entry was asked for since its region was started.
@@ -320,21 +335,32 @@ impl Regions {
             .map_or(0, |region| region.generation.load(Ordering::Acquire))
     }
 
-    /// Begins a new generation: from here on all rows of the region are dead, and no entry of it was hit.
+    /// Begins a new generation. What it held is read on until it is written over
+    /// ([`Regions::write_over`]), or all that is to be moved has been.
     pub fn start_over(&self, region: u32, generation: u64) {
         if let Some(region) = self.table.get(region as usize) {
+            let before = region.generation.load(Ordering::Relaxed);
+            region.written_over.store(0, Ordering::Release);
+            region.before.store(before, Ordering::Release);
             region.generation.store(generation, Ordering::Release);
         }
     }
 
-    /// Forgets which entries of the region were hit.
-    pub fn clear_hits(&self, region: u32) {
-        for word in self
-            .table
-            .get(region as usize)
-            .into_iter()
-            .flat_map(|region| &region.hits)
-        {
+    /// Says that the region, which is being started over, is about to be written up to
+    /// `end`: what lay there is dead.
+    pub fn write_over(&self, region: u32, end: u32) {
+        if let Some(region) = self.table.get(region as usize) {
+            region.written_over.store(end, Ordering::Release);
+        }
+    }
+
+    /// From here on all rows of the generations before are dead, and no entry was hit.
+    pub fn end_start_over(&self, region: u32) {
+        let Some(region) = self.table.get(region as usize) else {
+            return;
+        };
+        region.before.store(0, Ordering::Release);
+        for word in &region.hits {
             word.store(0, Ordering::Relaxed);
         }
     }
@@ -376,6 +402,7 @@ impl Regions {
             return false;
         };
         self.start_over(region, 0);
+        self.end_start_over(region);
         self.files().remove(&region);
         let bytes = disk_bytes(&self.path(region));
         let is_removed = std::fs::remove_file(self.path(region)).is_ok();

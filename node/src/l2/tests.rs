@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use pingora_slice_cluster::Generation;
@@ -214,6 +214,60 @@ async fn churn_keeps_what_is_asked_for_within_the_bound() {
 }
 
 /// Manifests and small slices alone may be more than the bound, too.
+/// While the entries of a region are moved to its front, each is read where it lies.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_kept_of_a_region_is_there_while_it_is_moved() {
+    let dir = tempfile::tempdir().unwrap();
+    let (len, runtime) = (1 << 20, tokio::runtime::Handle::current());
+    let store: Arc<OnceLock<Store>> = Arc::default();
+    let (asked, found) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let in_memory = InMemory::default();
+    let _ = in_memory.0.set(Box::new({
+        let (store, asked, found) = (store.clone(), asked.clone(), found.clone());
+        move |id| {
+            let Some(l2) = store.get() else { return true };
+            asked.fetch_add(1, Ordering::Relaxed);
+            if runtime.block_on(l2.slice(*id)).is_some() {
+                found.fetch_add(1, Ordering::Relaxed);
+            }
+            true
+        }
+    }));
+    let config = L2Config {
+        dir: dir.path().to_owned(),
+        bytes_max: 64 * MIB,
+    };
+    let l2 = Store::open(config, in_memory).unwrap();
+    assert!(store.set(l2.clone()).is_ok());
+    for n in 0..60 {
+        keep(&l2, n, len).await;
+    }
+    let asked = asked.load(Ordering::Relaxed);
+    assert!(asked > 10 && l2.stats().rewritten > 0, "{asked}");
+    assert_eq!(found.load(Ordering::Relaxed), asked);
+    l2.stop().await;
+}
+
+/// A region holds one of the largest slices, and all else is in memory, too.
+#[tokio::test]
+async fn a_large_slice_finds_room_beside_what_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let in_memory = InMemory::default();
+    let _ = in_memory.0.set(Box::new(|_| true));
+    let config = L2Config {
+        dir: dir.path().to_owned(),
+        bytes_max: 64 * MIB,
+    };
+    let l2 = Store::open(config, in_memory).unwrap();
+    for n in 0..60 {
+        keep(&l2, n, 1 << 20).await;
+    }
+    let kept = tokio::time::timeout(Duration::from_secs(20), keep(&l2, 1000, 10 << 20)).await;
+    assert!(kept.is_ok(), "the writer does not come to an end");
+    assert!(has(&l2, 1000, 10 << 20).await && has(&l2, 59, 1 << 20).await);
+    l2.stop().await;
+}
+
 #[tokio::test]
 async fn small_things_leave_in_order_within_the_bound() {
     let (dir, bytes_max) = (tempfile::tempdir().unwrap(), 32 * MIB);

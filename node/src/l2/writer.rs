@@ -34,7 +34,7 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 /// Pause between two steps of housekeeping when there are no jobs.
 const TEND_PAUSE: Duration = Duration::from_millis(5);
 /// Of a region that is started over, at most one part in this many is written again.
-const KEPT_DIVISOR: u32 = 2;
+const KEPT_DIVISOR: u64 = 2;
 /// Of the disk, what is left to others: a fiftieth, within these. A disk of 500 GB
 /// keeps 8 GiB free, for a day of logs and for a Raft log.
 const RESERVE_DIVISOR: u64 = 50;
@@ -239,7 +239,7 @@ impl Writer {
             .as_ref()
             .is_some_and(|head| head.fits(slice.len() as u32))
         {
-            self.next_region()?;
+            self.next_region(slice.len() as u32)?;
         }
         self.append(id, slice)
     }
@@ -299,8 +299,9 @@ impl Writer {
         });
     }
 
-    /// Takes the next region: one never used while the disk has room, else the oldest.
-    fn next_region(&mut self) -> Result<(), Trouble> {
+    /// Takes the next region, with room for an entry of `len` bytes: one never used
+    /// while the disk has room, else the oldest.
+    fn next_region(&mut self, len: u32) -> Result<(), Trouble> {
         self.head = None;
         let shared = self.shared.clone();
         let regions = &shared.regions;
@@ -334,11 +335,11 @@ impl Writer {
             region_bytes: regions.region_bytes(),
         });
         let kept = if before > 0 {
-            self.keep_hit(&file, region, before)
+            self.keep_hit(&file, region, before, len)
         } else {
             Ok(())
         };
-        regions.clear_hits(region);
+        regions.end_start_over(region);
         kept
     }
 
@@ -361,23 +362,33 @@ impl Writer {
     /// Writes entries of the region's last generation again that were hit, here or
     /// in memory: what is asked for most is read there alone. Each
     /// is read before its place is written over, as entries only move forward.
-    fn keep_hit(&mut self, file: &File, region: u32, before: u64) -> Result<(), Trouble> {
+    /// Room is left for an entry of `len` bytes.
+    fn keep_hit(&mut self, file: &File, region: u32, before: u64, len: u32) -> Result<(), Trouble> {
         let shared = self.shared.clone();
         let regions = &shared.regions;
-        let kept_max = regions.region_bytes() / KEPT_DIVISOR;
+        let region_bytes = u64::from(regions.region_bytes());
+        let kept_max = (region_bytes / KEPT_DIVISOR)
+            .min(region_bytes.saturating_sub(region::entry_bytes(len)));
         for (id, place, sums) in regions.entries(file, region, before) {
             let is_wanted = regions.was_hit(&place) || shared.in_memory.has(&id);
             if !is_wanted || !self.points_to(id, &place) {
                 continue;
             }
             let at = self.head.as_ref().map_or(0, |head| head.at);
-            if u64::from(at) + region::entry_bytes(place.len) > u64::from(kept_max) {
+            let end = u64::from(at) + region::entry_bytes(place.len);
+            if end > kept_max {
                 continue;
             }
             let Ok(slice) = region::read_entry(file, &place, &sums) else {
                 continue;
             };
-            self.append(id, &slice.into())?;
+            let slice = SliceParts::from(slice);
+            // Read from here until its new row is in, as its old place may be written over.
+            shared.pending().slices.insert(id, slice.clone());
+            regions.write_over(region, end as u32);
+            let appended = self.append(id, &slice);
+            shared.pending().slices.remove(&id);
+            appended?;
             shared.rewritten.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
