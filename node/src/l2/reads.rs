@@ -127,20 +127,26 @@ impl Reads {
                 found
             }
         });
-        match tokio::time::timeout(self.within, reading).await {
-            Ok(found) => found.ok()?,
-            Err(_) => {
-                let mut one_has_left = one_has_left.lock().unwrap_or_else(PoisonError::into_inner);
-                if !*one_has_left {
-                    *one_has_left = true;
-                    if self.shared.count.fetch_add(1, Ordering::AcqRel) == 0 {
-                        warn!("a read from disk hangs: the disk store is not read for a while");
+        // Whoever asked may leave before: a read that hangs is seen all the same.
+        let reads = self.clone();
+        let waiting = tokio::spawn(async move {
+            match tokio::time::timeout(reads.within, reading).await {
+                Ok(found) => found.ok()?,
+                Err(_) => {
+                    let mut one_has_left =
+                        one_has_left.lock().unwrap_or_else(PoisonError::into_inner);
+                    if !*one_has_left {
+                        *one_has_left = true;
+                        if reads.shared.count.fetch_add(1, Ordering::AcqRel) == 0 {
+                            warn!("a read from disk hangs: the disk store is not read for a while");
+                        }
                     }
+                    reads.give_up();
+                    None
                 }
-                self.give_up();
-                None
             }
-        }
+        });
+        waiting.await.ok()?
     }
 
     /// Whether the disk hangs: what is there cannot be told.
@@ -164,6 +170,8 @@ impl Reads {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Sender, channel};
+
+    use futures::FutureExt;
 
     use super::*;
 
@@ -193,6 +201,22 @@ mod tests {
         mend.send(()).unwrap();
         until_none_hangs(&reads).await;
         assert_eq!(reads.run(|| Some(2)).await, Some(2));
+    }
+
+    #[tokio::test]
+    async fn a_read_that_hangs_is_seen_though_its_asker_has_left() {
+        let reads = Reads::new(2, SOON, NEVER);
+        let (mend, read) = hung();
+        assert_eq!(reads.run(read).now_or_never(), None, "it waits");
+        let seen = async {
+            while reads.given_up() == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let seen = tokio::time::timeout(Duration::from_secs(10), seen).await;
+        assert!(seen.is_ok() && reads.hang());
+        mend.send(()).unwrap();
+        until_none_hangs(&reads).await;
     }
 
     #[tokio::test]
