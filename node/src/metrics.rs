@@ -151,7 +151,7 @@ metrics! {
     // Origin.
     /// Fetches of slices and bodies from the origin on behalf of requests, each with all of its tries.
     subrequests_total: IntCounter;
-    /// Fetches that failed after the last try. Worry above 1 percent of subrequests_total; above 5 percent it is critical.
+    /// Fetches that failed after the last try, or that the origin answered with 500, 502, 503 or 504. Worry above 1 percent of subrequests_total; above 5 percent it is critical.
     failed_subrequests_total: IntCounter;
     /// Tries beyond the first. Worry when it grows half as fast as origin_fetches_total: most tries fail.
     retried_subrequests_total: IntCounter;

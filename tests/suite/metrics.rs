@@ -1,7 +1,7 @@
 //! What the operator sees adds up.
 
 use pingora_slice_tests::quick::Quick;
-use pingora_slice_tests::{Ask, MIB, Options, SLICE_BYTES, TestCluster};
+use pingora_slice_tests::{Ask, Fault, MIB, Options, SLICE_BYTES, TestCluster};
 
 const NAMES: &[&str] = &[
     "requests_total",
@@ -171,6 +171,47 @@ async fn failed_requests_leave_a_trace() {
     }
     assert!(lines.len() < REQUESTS, "{lines:?}");
     assert!(!log.contains("status=504"), "a client's own wish: {log}");
+}
+
+/// What the origin cannot do is a failure; that it has another version, or refuses
+/// one client, is none.
+#[tokio::test(flavor = "multi_thread")]
+async fn failed_fetches_are_those_that_the_origin_failed() {
+    let cluster = Options::alone().set("max_retries", 0).start().await;
+    let node = cluster.node(1);
+    let failed = async || node.metric("failed_subrequests_total").await;
+    let first = "bytes=0-99";
+
+    let changing = cluster.origin.publish("/changing", 4 * SLICE_BYTES);
+    node.ask(Ask::get("/changing").range(first)).await;
+    changing.change();
+    let reply = node.ask(Ask::get("/changing").range("bytes=-99")).await;
+    assert_eq!(
+        reply.body,
+        changing.content().all()[4 * SLICE_BYTES as usize - 99..]
+    );
+    let private = cluster.origin.publish("/private", 4 * SLICE_BYTES);
+    node.ask(Ask::get("/private").range(first)).await;
+    private.always(Fault::Refuses("cookie", 403));
+    let refused = Ask::get("/private")
+        .header("cookie", "a=b")
+        .range("bytes=-99");
+    let reply = node.ask(refused).await;
+    assert!(reply.status >= 400, "{}", reply.status);
+    assert_eq!(failed().await, 0.0);
+
+    cluster
+        .origin
+        .publish("/down", SLICE_BYTES)
+        .always(Fault::Status(503));
+    assert_eq!(node.get("/down").await.status, 503);
+    assert_eq!(failed().await, 1.0);
+    cluster
+        .origin
+        .publish("/not", SLICE_BYTES)
+        .always(Fault::Status(404));
+    assert_eq!(node.get("/not").await.status, 404);
+    assert_eq!(failed().await, 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -759,10 +759,14 @@ impl Engine {
                 tokio::time::sleep(back_off(attempt)).await;
             }
         };
-        if matches!(
-            result,
-            Err(Retry::Yes(_) | Retry::No(_) | Retry::OtherTag(_))
-        ) {
+        // A change is found out so, and a refusal is one client's: the origin works.
+        let is_failure = match &result {
+            Err(Retry::Yes(error) | Retry::No(error)) => {
+                !matches!(error, FillError::Changed | FillError::Refused { .. })
+            }
+            Ok(()) | Err(Retry::Whole(_) | Retry::OtherTag(_)) => false,
+        };
+        if is_failure {
             self.inner.metrics.failed_subrequests_total.inc();
         }
         self.inner

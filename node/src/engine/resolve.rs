@@ -132,10 +132,16 @@ impl Engine {
 
     /// Counts a request to the origin with all of its tries. One that brings a new
     /// object is counted as the fill that it is.
-    pub(super) fn count(&self, outcome: &Outcome) {
+    pub(super) fn count(&self, outcome: &Outcome, flight: &ManifestFlight) {
         let metrics = &self.inner.metrics;
+        let relayed = || flight.relay.lock().expect("no panic while held");
         match outcome {
             Outcome::Object(_, Resolution::Miss) => return,
+            Outcome::Relay
+                if (relayed().as_ref()).is_some_and(|relay| is_passing_failure(relay.status)) =>
+            {
+                metrics.failed_subrequests_total.inc();
+            }
             Outcome::Object(_, Resolution::Stale) | Outcome::Failed { .. } => {
                 metrics.failed_subrequests_total.inc();
             }

@@ -365,7 +365,7 @@ impl Engine {
                 }
                 None => {
                     let outcome = engine.ask_origin(&request, held.clone(), &begun).await;
-                    engine.count(&outcome);
+                    engine.count(&outcome, &begun);
                     if let Some(old) = held.filter(|old| begun.replaces(&outcome, old)) {
                         engine
                             .tell_replaced(&request, old.manifest.generation)

@@ -264,7 +264,9 @@ impl Engine {
         };
         if let Err(error) = &outcome {
             if is_origins {
-                self.inner.metrics.failed_subrequests_total.inc();
+                if *error != FillError::Changed {
+                    self.inner.metrics.failed_subrequests_total.inc();
+                }
                 tracing::warn!(url = %fill.url(), %error, "a body broke off");
             } else {
                 tracing::debug!(url = %fill.url(), %error, "a body was given up");
