@@ -33,6 +33,7 @@ use pingora_core::server::configuration::ServerConf;
 use pingora_core::services::listening::Service;
 use pingora_proxy::{HttpProxy, http_proxy};
 use pingora_slice_cluster::ObjectKey;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -98,12 +99,15 @@ impl Clients {
         let mut options = HttpServerOptions::default();
         options.h2c = h2c;
         options.h2_idle_timeout = Some(timeouts.idle);
+        let sessions =
+            (budget.sum().connections / 2 / CONNECTION_BYTES).min(Semaphore::MAX_PERMITS as u64);
         let name = if h2c { "clients, h2c" } else { "clients" };
         let clients = Clients {
             front: front.clone(),
             streams: Arc::new(Streams {
                 proxy: Arc::new(http_proxy(conf, front)),
                 options,
+                sessions: Semaphore::new(sessions as usize),
                 budget,
                 metrics,
             }),
@@ -130,9 +134,6 @@ impl Clients {
 
     /// One request after the other, until the connection ends.
     async fn answer_all(&self, stream: Stream, shutdown: &ShutdownWatch) {
-        let Some(_place) = self.streams.place(CONNECTION_BYTES).await else {
-            return;
-        };
         let mut stream = Box::new(ClientStream::new(stream));
         let mut closing = std::pin::pin!(self.closing.cancelled());
         let mut timer = std::pin::pin!(sleep(self.timeouts.header));
@@ -260,8 +261,12 @@ impl ServerApp for Clients {
         mut stream: Stream,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
+        let _place = self.streams.place(CONNECTION_BYTES).await?;
         match self.is_http2(&mut stream).await? {
-            true => self.streams.process_new(stream, shutdown).await,
+            true => {
+                let _session = self.streams.session()?;
+                self.streams.process_new(stream, shutdown).await
+            }
             false => {
                 with_dates(self.answer_all(stream, shutdown)).await;
                 None
@@ -279,11 +284,22 @@ impl ServerApp for Clients {
 struct Streams {
     proxy: Arc<HttpProxy<Front>>,
     options: HttpServerOptions,
+    /// For its connections, which have half of the clients' share at most: the
+    /// other half is for their streams.
+    sessions: Semaphore,
     budget: Budget,
     metrics: Arc<Metrics>,
 }
 
 impl Streams {
+    /// The right to be a connection of HTTP/2; `None`: there are as many as may be.
+    fn session(&self) -> Option<SemaphorePermit<'_>> {
+        let session = self.sessions.try_acquire();
+        session
+            .inspect_err(|_| self.metrics.memory_refusals_total.inc())
+            .ok()
+    }
+
     /// A share of the memory budget; `None`: there is none to be had.
     async fn place(&self, bytes: u64) -> Option<Permit> {
         let place = self.budget.connection(bytes).await;

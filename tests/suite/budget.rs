@@ -191,6 +191,46 @@ async fn connections_beyond_the_budget_are_not_taken() {
 }
 
 /// More slices are wanted at once than fit the budget: they wait for one another.
+/// An idle connection of HTTP/2 has its share, too, and all of them leave room for
+/// what is asked.
+#[tokio::test(flavor = "multi_thread")]
+async fn http2_connections_are_within_the_budget() {
+    const SHARE: u64 = 160 << 10;
+    let mut cluster = Options::alone()
+        .set("enable_l2_cache", false)
+        .set("l1_cache_size_bytes", "16m")
+        .set("memory_budget", "92m")
+        .prepare()
+        .await;
+    let address = cluster.node(1).address();
+    let node = cluster.node_mut(1);
+    node.set("listen", format!("[{{address: \"{address}\", h2: true}}]"));
+    node.spawn();
+    node.until_ready().await;
+    let node = cluster.node(1);
+    let mut idle = Vec::new();
+    for _ in 0..60 {
+        let mut tcp = TcpStream::connect(address).await.unwrap();
+        // The preface, and settings that change nothing.
+        let begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+        tcp.write_all(begin).await.unwrap();
+        idle.push(tcp);
+    }
+    // 6 MiB are 38 shares: 19 for these, and 19 for what they ask.
+    node.until("those beyond half are refused", async || {
+        node.metric("memory_refusals_total").await >= 41.0
+            && part(node, "memory_taken_bytes", "connections").await == 19 * SHARE
+    })
+    .await;
+    let film = cluster.origin.publish("/film", 8 * SLICE_BYTES);
+    node.read(&film).await;
+    drop(idle);
+    node.until("there is room again", async || {
+        part(node, "memory_taken_bytes", "connections").await == 0
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn more_slices_than_fit_wait_for_one_another() {
     let cluster = Options::alone()
