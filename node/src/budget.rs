@@ -23,8 +23,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, watch};
 
 /// What a node takes whatever it does: 20 MiB of program and threads, the disk
 /// index's cache and memtables (24 MiB), places and buffers of disk reads (4 MiB),
-/// 128 idle origin connections (16 MiB).
+/// and the idle origin connections.
 pub const FIXED_BYTES: u64 = 64 << 20;
+/// Idle origin connections at most, of fills and of what is passed on: each has a
+/// buffer of 64 KiB for what comes next, which makes 16 MiB.
+pub const ORIGIN_IDLE_MAX: usize = 256;
 /// A client's connection: its request's head, or what Pingora reads of a body (64 KiB
 /// at most), the piece that is being written (64 KiB), and the tasks that hold them.
 pub const CONNECTION_BYTES: u64 = 160 << 10;

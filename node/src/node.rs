@@ -35,7 +35,7 @@ use crate::listening::Listening;
 use crate::metrics::Metrics;
 use crate::observer::Watched;
 use crate::origin::{self, Origin};
-use crate::process::{ORIGIN_IDLE_MAX, descriptors_needed, raise_descriptors, unix_seconds};
+use crate::process::{PASSES_IDLE_MAX, descriptors_needed, raise_descriptors, unix_seconds};
 use crate::purge::Purger;
 
 /// How long the two processes of a hand-over wait for each other's socket.
@@ -415,7 +415,8 @@ fn server_conf(config: &Config) -> ServerConf {
         // way. `run` waits for the answers instead, and ends the process.
         grace_period_seconds: Some(config.drain_timeout.as_secs() + 60),
         graceful_shutdown_timeout_seconds: Some(0),
-        upstream_keepalive_pool_size: ORIGIN_IDLE_MAX,
+        // Pingora keeps so many for each thread.
+        upstream_keepalive_pool_size: (PASSES_IDLE_MAX / config.threads).max(1),
         // Pingora counts tries; each address that cannot be connected to is one.
         max_retries: config.max_retries as usize + config.upstreams.len() * origin::ADDRESSES_MAX,
         ..ServerConf::default()
@@ -510,6 +511,25 @@ async fn reload_on_hup(mut config: Config, purger: Arc<Purger>, stop: Cancellati
                 }
             }
             Err(problems) => tracing::error!(%problems, "configuration not changed"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    /// Pingora multiplies the pool by the threads.
+    #[test]
+    fn idle_connections_to_the_origin_are_bounded_whatever_the_threads() {
+        for threads in [1, 2, 8, 64, PASSES_IDLE_MAX] {
+            let yaml = format!("{{listen: \"127.0.0.1:1\", threads: {threads}}}");
+            let config = Config::parse(&yaml, Path::new("/")).unwrap();
+            let conf = server_conf(&config);
+            let pool = conf.upstream_keepalive_pool_size * conf.threads;
+            assert!((1..=PASSES_IDLE_MAX).contains(&pool), "{threads}: {pool}");
         }
     }
 }

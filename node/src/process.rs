@@ -10,10 +10,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::budget::{CONNECTION_BYTES, Sum, TRANSFER_BYTES};
+use crate::budget::{CONNECTION_BYTES, ORIGIN_IDLE_MAX, Sum, TRANSFER_BYTES};
 
-/// Idle connections to the origin that the proxy keeps.
-pub const ORIGIN_IDLE_MAX: usize = 512;
+/// Idle connections to the origin that are kept for fills: Pingora's own default.
+const FILLS_IDLE_MAX: usize = 128;
+/// Those of answers that are passed on, all threads together.
+pub const PASSES_IDLE_MAX: usize = 128;
+const _: () = assert!(FILLS_IDLE_MAX + PASSES_IDLE_MAX == ORIGIN_IDLE_MAX);
 /// Descriptors taken whatever is served: 64 region files, some 64 of the
 /// indexes' tables and journals, 32 of listeners, threads and peers.
 const FIXED_DESCRIPTORS: u64 = 64 + 64 + 32;
@@ -106,6 +109,6 @@ mod tests {
     fn a_budget_says_how_many_descriptors_it_needs() {
         let sum = Sum::of(708 << 20, 100 << 20, 32 << 20, 1 << 20).unwrap();
         let needed = descriptors_needed(&sum, 1 << 20);
-        assert!((2400..2700).contains(&needed), "{needed}");
+        assert!((2200..2400).contains(&needed), "{needed}");
     }
 }
