@@ -1171,7 +1171,25 @@ impl ProxyHttp for Front {
             // The answer is held back until no node answers from before it.
             self.engine.purge_changed(&url, &upstream.headers).await;
         }
+        self.metrics
+            .time_to_first_byte_seconds
+            .observe(ctx.started.elapsed().as_secs_f64());
         Ok(())
+    }
+
+    fn upstream_response_body_filter(
+        &self,
+        _session: &mut Session,
+        body: &mut Option<Bytes>,
+        _end: bool,
+        _ctx: &mut Context,
+    ) -> Result<Option<Duration>> {
+        if let Some(bytes) = body {
+            self.metrics
+                .bytes_from_origin_total
+                .inc_by(bytes.len() as u64);
+        }
+        Ok(None)
     }
 
     fn response_body_filter(

@@ -68,7 +68,9 @@ async fn the_counters_agree_with_the_origin_and_the_clients() {
         slices,
         "each slice of each answer once"
     );
-    assert_eq!(cluster.metric_sum("bytes_from_origin_total").await, length);
+    // The film, and the form, which is echoed.
+    let from_origin = cluster.metric_sum("bytes_from_origin_total").await;
+    assert_eq!(from_origin, length + 1.0);
     let from_origin = film.fetches() as f64;
     assert_eq!(
         cluster.metric_sum("origin_fetches_total").await,
@@ -77,6 +79,8 @@ async fn the_counters_agree_with_the_origin_and_the_clients() {
     assert_eq!(cluster.metric_sum("passthrough_requests_total").await, 1.0);
     // Six films and a form, over both ways of answering.
     assert_eq!(cluster.metric_sum("responses_total").await, 7.0);
+    let begun = cluster.metric_sum("time_to_first_byte_seconds_count").await;
+    assert_eq!(begun, 7.0, "each answer has a first byte");
     assert_eq!(cluster.metric_sum("responses_by_status_total").await, 7.0);
 
     // Certificates of the tests last two years, too; nobody was refused.
