@@ -68,6 +68,11 @@ compose up --detach --no-build 2>&1 | grep -v -i -E 'pulling|creating|created|st
 ready() { curl -sf -o /dev/null --max-time 2 "http://$(at "$1" 9090)/ready"; }
 for node in 1 2 3; do until_true "node $node is ready" ready $node; done
 echo "three nodes are ready"
+for node in 1 2 3; do
+  # There is no shell in the image.
+  docker inspect --format '{{json .Config.Env}}' "$(compose ps -q "node$node")" | grep -q "\"L2_SIZE=$L2_SIZE\"" ||
+    fail "node $node was not given L2_SIZE"
+done
 
 get() { curl -sf --max-time 60 "http://$(at "$1" 8080)/$2"; }
 for node in 1 2 3; do

@@ -126,3 +126,21 @@ fn a_directory_that_cannot_be_made_ends_the_start_of_a_machine_alone() {
     );
     assert!(!said.contains("tried again"), "{said}");
 }
+
+/// What the node files take from the environment reaches the containers.
+#[test]
+fn compose_passes_on_what_the_node_files_name() {
+    let read = |name: &str| std::fs::read_to_string(format!("../{name}")).unwrap();
+    let compose = read("docker-compose.yml");
+    for node in 1..=3 {
+        let file = read(&format!("configs/node{node}.yaml"));
+        let names: Vec<&str> = (file.split("${").skip(1))
+            .filter_map(|rest| rest.split([':', '}']).next())
+            .collect();
+        assert!(names.contains(&"L2_SIZE"), "{names:?}");
+        for name in names {
+            let line = format!("\n    {name}: ");
+            assert!(compose.contains(&line), "node {node}: {name}");
+        }
+    }
+}
