@@ -295,15 +295,17 @@ impl NotStored {
     }
 }
 
-/// The tags of a response: `Cache-Tag` by commas, `Surrogate-Key` by spaces.
+/// The tags of a response, of `Cache-Tag` and `Surrogate-Key`: between commas and white space.
 /// All of them: a purge by any is a promise.
 pub fn tags(headers: &HeaderMap) -> Vec<String> {
     let mut tags: Vec<String> = Vec::new();
-    for (name, separators) in [("cache-tag", [',', ' ']), ("surrogate-key", [' ', ','])] {
+    // Whatever stands around a tag, a purge names it without.
+    let separates = |c: char| c == ',' || c.is_whitespace();
+    for name in ["cache-tag", "surrogate-key"] {
         for line in headers.get_all(name) {
             let line = String::from_utf8_lossy(line.as_bytes()).into_owned();
             tags.extend(
-                line.split(separators)
+                line.split(separates)
                     .filter(|tag| !tag.is_empty())
                     .map(str::to_owned),
             );
@@ -749,6 +751,18 @@ mod tests {
             );
             assert_eq!(answer.is_ok(), ok, "{cc}");
         }
+    }
+
+    #[test]
+    fn tags_stand_between_commas_and_white_space() {
+        let headers = map(&[
+            ("cache-tag", "news,\tsport, home"),
+            ("surrogate-key", "a\tb  c,d"),
+        ]);
+        assert_eq!(
+            tags(&headers),
+            ["a", "b", "c", "d", "home", "news", "sport"]
+        );
     }
 
     #[test]
