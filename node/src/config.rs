@@ -185,7 +185,14 @@ impl Config {
             let l2 = config
                 .l2
                 .as_ref()
-                .map(|L2Config { dir, bytes_max }| (dir.clone(), *bytes_max));
+                // The life goes with the section `cluster`.
+                .map(
+                    |L2Config {
+                         dir,
+                         bytes_max,
+                         life: _,
+                     }| (dir.clone(), *bytes_max),
+                );
             (l2.is_some(), l2.unzip())
         };
         let (is_on, (dir, bytes_max)) = l2(self);

@@ -25,7 +25,7 @@ use super::{
     StitchLog, Upstream,
 };
 use crate::budget::{FIXED_BYTES, Sum};
-use crate::l2::{L2_BYTES_MIN, L2Config, QUEUE_BYTES_MAX};
+use crate::l2::{L2_BYTES_MIN, L2Config, Life, QUEUE_BYTES_MAX};
 
 /// Bounds of `slice_size`, bytes.
 const SLICE_BYTES: std::ops::RangeInclusive<u64> = 65_536..=10_485_760;
@@ -83,6 +83,10 @@ pub(super) fn read_config(root: &mut Section, source: &Source) -> Config {
         bytes_max: root
             .scalar("l2_cache_size_bytes", positive_size)
             .unwrap_or(10 << 30),
+        life: match root.has("cluster") {
+            true => Life::InCluster,
+            false => Life::Alone,
+        },
     };
     if enable_l2 && enable_cache && l2.bytes_max < L2_BYTES_MIN {
         warnings.push(Problem {

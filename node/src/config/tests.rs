@@ -5,6 +5,7 @@ use pingora_slice_cluster::members::Role;
 use pingora_slice_cluster::peer::TlsFiles;
 
 use super::*;
+use crate::l2::Life;
 
 /// Parses without looking at the real environment.
 fn parse(text: &str) -> Result<Config, Problems> {
@@ -99,6 +100,7 @@ fn defaults_are_those_of_the_table() {
     let l2 = L2Config {
         dir: "/var/cache/pingora-slice".into(),
         bytes_max: 10 << 30,
+        life: Life::Alone,
     };
     assert_eq!(c.l2, Some(l2));
     assert_eq!(c.max_object_bytes, None);
@@ -265,7 +267,8 @@ drain_timeout: 0
         c.l2,
         Some(L2Config {
             dir: "/etc/ps/cache".into(),
-            bytes_max: 2 << 40
+            bytes_max: 2 << 40,
+            life: Life::Alone,
         })
     );
     assert_eq!(c.max_object_bytes, Some(5 << 30));
@@ -320,7 +323,9 @@ fn the_memory_budget_is_a_sum() {
 
 #[test]
 fn cluster_loads() {
-    let c = good(CLUSTER).cluster.unwrap();
+    let c = good(CLUSTER);
+    assert_eq!(c.l2.unwrap().life, Life::InCluster);
+    let c = c.cluster.unwrap();
     assert_eq!(c.node_id, NodeId(1));
     assert_eq!(c.listen, "0.0.0.0:7001".parse().unwrap());
     assert_eq!(c.advertise, "node1:7001");

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! lock                 one process at a time
+//! life                 whose purges hold here: alone, cluster
 //! regions/00000007     slice bytes, a preallocated file each   → region
 //! index/00000003/      rows, manifests: an epoch of the index  → index
 //! ```
@@ -52,6 +53,28 @@ pub struct L2Config {
     pub dir: PathBuf,
     /// Disk use never exceeds this, everything counted (`l2_cache_size_bytes`).
     pub bytes_max: u64,
+    /// Whose purges hold for what is in it.
+    pub life: Life,
+}
+
+/// A machine's life alone, or that in a cluster: one knows nothing of what was
+/// purged in the other, so what was stored in the one is emptied for the other.
+/// It could not be found there either: the keys differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Without a `cluster` section.
+    Alone,
+    /// With one.
+    InCluster,
+}
+
+impl Life {
+    fn word(self) -> &'static str {
+        match self {
+            Life::Alone => "alone\n",
+            Life::InCluster => "cluster\n",
+        }
+    }
 }
 
 /// A part of a stored slice, its pages verified.

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
@@ -21,7 +22,7 @@ use super::reads::Reads;
 use super::region::{Place, REGION_BYTES_MAX, ReadError, Regions, entry_bytes};
 use super::row::{INLINE_BYTES_MAX, SliceRow};
 use super::writer::{Job, Writer};
-use super::{InMemory, L2Config, L2Error, L2Read, L2Stats};
+use super::{InMemory, L2Config, L2Error, L2Read, L2Stats, Life};
 use crate::slice::{Slice, SliceParts};
 
 /// The smallest bound that leaves room for an index and a few regions.
@@ -42,6 +43,8 @@ pub(super) const REGION_SLACK_BYTES: u64 = 8 << 10;
 
 /// Held by the process that has the store.
 const LOCK_FILE: &str = "lock";
+/// Says which [`Life`] the store is of.
+const LIFE_FILE: &str = "life";
 /// Made and removed to see whether the disk takes files.
 pub(super) const PROBE_FILE: &str = "probe";
 
@@ -163,6 +166,7 @@ impl Store {
         }
         let lock = lock(&dir)?;
         let _ = std::fs::remove_file(dir.join(PROBE_FILE));
+        begin_life(&dir, config.life).map_err(disk_error)?;
         std::fs::create_dir_all(dir.join("index")).map_err(disk_error)?;
 
         let mut layout = Layout::of(config.bytes_max, None);
@@ -587,6 +591,31 @@ fn of_others(dir: &Path) -> Option<PathBuf> {
     }
     let ours = ["index", "regions"].map(|name| dir.join(name));
     ours.into_iter().find(|path| path.exists())
+}
+
+/// Empties a store of another life. On disk before that life's first purge is:
+/// whoever goes back to the one before finds nothing of it.
+fn begin_life(dir: &Path, life: Life) -> std::io::Result<()> {
+    let path = dir.join(LIFE_FILE);
+    match std::fs::read_to_string(&path) {
+        Ok(word) if word == life.word() => return Ok(()),
+        Ok(_) => {
+            warn!(dir = %dir.display(), ?life, "the disk store was filled alone and is now of a cluster, or the reverse; it begins empty");
+            match std::fs::remove_dir_all(dir.join("index")) {
+                Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        // A new one, or of a version that did not say.
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+    }
+    let new = dir.join("life.new");
+    let mut file = File::create(&new)?;
+    file.write_all(life.word().as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&new, &path)?;
+    File::open(dir)?.sync_all()
 }
 
 fn lock(dir: &Path) -> Result<File, L2Error> {

@@ -23,9 +23,16 @@ const MIB: u64 = 1 << 20;
 /// Names the directory to a test that runs in a process of its own.
 const CHILD_DIR: &str = "L2_TEST_CHILD_DIR";
 
+fn config(dir: &Path, bytes_max: u64) -> L2Config {
+    L2Config {
+        dir: dir.to_owned(),
+        bytes_max,
+        life: Life::Alone,
+    }
+}
+
 fn open(dir: &Path, bytes_max: u64) -> Store {
-    let dir = dir.to_owned();
-    Store::open(L2Config { dir, bytes_max }, InMemory::default()).unwrap()
+    Store::open(config(dir, bytes_max), InMemory::default()).unwrap()
 }
 
 fn id(n: u32) -> SliceId {
@@ -611,14 +618,42 @@ fn spoil(dir: &Path, garbage: &[u8]) {
 async fn a_directory_has_one_process() {
     let dir = tempfile::tempdir().unwrap();
     let l2 = open(dir.path(), 32 * MIB);
-    let config = L2Config {
-        dir: dir.path().to_owned(),
-        bytes_max: 32 * MIB,
-    };
+    let config = config(dir.path(), 32 * MIB);
     let second = Store::open(config, InMemory::default());
     assert!(matches!(second, Err(L2Error::Locked(_))));
     l2.stop().await;
     open(dir.path(), 32 * MIB).stop().await;
+}
+
+/// What a machine purges in one life, its other life does not know.
+#[tokio::test]
+async fn a_store_of_another_life_begins_empty() {
+    let dir = tempfile::tempdir().unwrap();
+    let live = |life| {
+        let config = L2Config {
+            life,
+            ..config(dir.path(), 32 * MIB)
+        };
+        Store::open(config, InMemory::default()).unwrap()
+    };
+    let l2 = live(Life::Alone);
+    keep(&l2, 1, 100_000).await;
+    l2.keep_manifest(1, Bytes::from_static(b"film"));
+    l2.stop().await;
+    let l2 = live(Life::Alone);
+    assert!(l2.manifest(1).await.is_some() && has(&l2, 1, 100_000).await);
+    l2.stop().await;
+    let l2 = live(Life::InCluster);
+    assert_eq!(l2.manifest(1).await, None);
+    assert!(!has(&l2, 1, 100_000).await);
+    l2.keep_manifest(2, Bytes::from_static(b"film"));
+    l2.stop().await;
+    let l2 = live(Life::InCluster);
+    assert!(l2.manifest(2).await.is_some());
+    l2.stop().await;
+    let l2 = live(Life::Alone);
+    assert_eq!((l2.manifest(1).await, l2.manifest(2).await), (None, None));
+    l2.stop().await;
 }
 
 /// Nothing is removed that the store has not made.
@@ -633,10 +668,7 @@ async fn what_is_of_others_is_left_alone() {
         }
     };
     write();
-    let config = L2Config {
-        dir: dir.path().to_owned(),
-        bytes_max: 32 * MIB,
-    };
+    let config = config(dir.path(), 32 * MIB);
     let refused = Store::open(config, InMemory::default());
     assert!(
         matches!(refused, Err(L2Error::Disk { reason, .. }) if reason.contains("l2_cache_dir"))
@@ -705,10 +737,7 @@ async fn a_full_queue_drops_and_counts() {
 
 #[test]
 fn every_bound_is_divided_without_excess() {
-    let config = L2Config {
-        dir: "/nonexistent".into(),
-        bytes_max: L2_BYTES_MIN - 1,
-    };
+    let config = config(Path::new("/nonexistent"), L2_BYTES_MIN - 1);
     assert!(matches!(
         Store::open(config, InMemory::default()),
         Err(L2Error::Disk { reason, .. }) if reason.contains("l2_cache_size_bytes")
