@@ -456,6 +456,29 @@ async fn a_node_comes_back_with_another_address_and_weight() {
     stop_all(nodes).await;
 }
 
+/// Each can tell the log so only once there is a leader, whom they elect there.
+#[tokio::test(flavor = "multi_thread")]
+async fn voters_that_have_moved_elect_a_leader() {
+    let mut site = Site::new(3, 3);
+    let nodes = site.start_all().await;
+    let away = leader(&nodes);
+    stop_all(nodes).await;
+    let stay: Vec<_> = (0..3).filter(|node| *node != away).collect();
+    for node in &stay {
+        site.addresses[*node] = free_ports();
+    }
+    let mut nodes = Vec::new();
+    for node in stay {
+        nodes.push(site.start(node + 1).await);
+    }
+    until("the two that are there serve", || {
+        nodes.iter().all(Cluster::may_serve)
+    })
+    .await;
+    purge_until_confirmed(&nodes[0], "/film", 1).await;
+    stop_all(nodes).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn another_machine_under_the_same_number_is_refused() {
     let site = Site::new(3, 3);

@@ -290,9 +290,14 @@ impl Shared {
     }
 
     /// Accepts Raft's calls from these nodes while the log does not say who is who.
+    /// Where they are is told by those who may not know that they have moved: of
+    /// nodes that the log knows, it and they themselves know better.
     fn trust(&self, peers: BTreeMap<NodeId, String>) {
+        let view = self.replica.view();
         for (id, address) in peers.into_iter().filter(|(id, _)| *id != self.me) {
-            self.peers.set_address(id, &address);
+            if !view.members.contains_key(&id) {
+                self.peers.set_address(id, &address);
+            }
             self.trusted
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)

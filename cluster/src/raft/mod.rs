@@ -322,20 +322,24 @@ impl Shared {
         }
     }
 
-    /// Tells the peer layer where members are.
+    /// Tells the peer layer where members are, as often as the log says another
+    /// place. In between a greeting may know better: a voter that has moved can
+    /// only tell the log so once there is a leader, who needs its vote.
     async fn follow_addresses(self: Arc<Self>) {
         let mut views = self.replica.views();
         let mut metrics = self.raft.server_metrics();
-        let mut known = BTreeSet::new();
+        let mut known: BTreeMap<NodeId, String> = BTreeMap::new();
         loop {
             views.borrow_and_update();
             metrics.borrow_and_update();
             let members = self.replica.view().members.clone();
             for member in members.values().filter(|member| member.id != self.me) {
-                self.peers.set_address(member.id, &member.advertise);
+                if known.get(&member.id) != Some(&member.advertise) {
+                    self.peers.set_address(member.id, &member.advertise);
+                    known.insert(member.id, member.advertise.clone());
+                }
             }
-            known.extend(members.keys().copied());
-            known.retain(|id| {
+            known.retain(|id, _| {
                 let stays = members.contains_key(id) || self.is_counted(*id);
                 if !stays {
                     self.peers.forget(*id);
