@@ -225,7 +225,7 @@ impl LeaseTable {
                 self.reign = Some(Reign::new(now, term, first_entry, nodes, lease));
             }
             (Input::Follow, _) => self.abdicate(&mut outputs),
-            (Input::Renew(renewal), Some(reign)) => reign.gather(renewal, &mut outputs),
+            (Input::Renew(renewal), Some(reign)) => reign.gather(now, renewal, &mut outputs),
             (Input::Renew(renewal), None) => {
                 outputs.push(Output::Refused {
                     renewal,
@@ -233,9 +233,9 @@ impl LeaseTable {
                 });
             }
             (Input::Acked { from, applied }, Some(reign)) => {
-                reign.hear(from, applied);
+                reign.hear(now, from, applied);
             }
-            (Input::Released(from), Some(reign)) => reign.release(from),
+            (Input::Released(from), Some(reign)) => reign.release(now, from),
             // The entries of a later term are for its leader's table to judge.
             (Input::Committed { index, term }, Some(reign)) if term <= reign.term => {
                 reign.waiting.entry(index).or_insert(now);
@@ -328,6 +328,8 @@ struct Reign {
     term: u64,
     first_entry: PurgeIndex,
     lease: Duration,
+    /// When the last lease of an earlier leader has ended (rule 12).
+    earlier_until: Duration,
     /// The highest purge settled in this term.
     settled: PurgeIndex,
     entries: BTreeMap<NodeId, Entry>,
@@ -394,19 +396,20 @@ impl Reign {
         nodes: Vec<NodeId>,
         lease: Duration,
     ) -> Reign {
-        let right = Right::Unknown {
-            until: now + lease + margin(lease),
-        };
+        let earlier_until = now + lease + margin(lease);
         let entry = Entry {
             process: 0,
             acked: PurgeIndex(0),
-            right,
+            right: Right::Unknown {
+                until: earlier_until,
+            },
             owed: None,
         };
         Reign {
             term,
             first_entry,
             lease,
+            earlier_until,
             settled: PurgeIndex(0),
             entries: nodes.into_iter().map(|node| (node, entry)).collect(),
             gathered: BTreeMap::new(),
@@ -415,7 +418,7 @@ impl Reign {
         }
     }
 
-    fn gather(&mut self, renewal: Renewal, outputs: &mut Vec<Output>) {
+    fn gather(&mut self, now: Duration, renewal: Renewal, outputs: &mut Vec<Output>) {
         let earlier = self.gathered.get(&renewal.from.node);
         let order = |renewal: &Renewal| (renewal.from.process, renewal.sent_at);
         let replaced = match earlier {
@@ -428,11 +431,32 @@ impl Reign {
                 reason: Refusal::Replaced,
             });
         }
-        self.hear(renewal.from, renewal.applied);
+        self.hear(now, renewal.from, renewal.applied);
+    }
+
+    /// What a node may hold at `now` besides a lease of this leader. What is heard
+    /// may be the word of a dead process, come late, while the one after it has a
+    /// lease of an earlier leader; not if it is known that the dead one lived in
+    /// this term, as it had applied the term's first entry: those that came
+    /// after it can have asked no earlier leader that still had a quorum.
+    fn without_lease(&self, now: Duration, node: NodeId) -> Right {
+        let lived = |entry: &Entry| entry.acked >= self.first_entry;
+        let until = self.earlier_until;
+        match self.entries.get(&node).is_some_and(lived) || now >= until {
+            true => Right::Fenced,
+            false => Right::Unknown { until },
+        }
     }
 
     /// Takes note of what a process has applied. `None` if it is not the latest.
-    fn hear(&mut self, from: Incarnation, applied: PurgeIndex) -> Option<&mut Entry> {
+    fn hear(
+        &mut self,
+        now: Duration,
+        from: Incarnation,
+        applied: PurgeIndex,
+    ) -> Option<&mut Entry> {
+        let without_lease = self.without_lease(now, from.node);
+        // One that the earlier leaders did not know has nothing of them.
         let new = Entry {
             process: from.process,
             acked: applied,
@@ -447,23 +471,18 @@ impl Reign {
             entry.acked = entry.acked.max(applied);
             return Some(entry);
         }
-        // The process before it is dead and its lease with it (rule 14). Under
-        // an earlier leader this one may have had one of its own.
-        if let Right::Unknown { .. } = entry.right {
-            *entry = Entry {
-                right: entry.right,
-                ..new
-            };
-        } else {
-            *entry = new;
-        }
+        // The process before it is dead and its lease with it (rule 14).
+        *entry = Entry {
+            right: without_lease,
+            ..new
+        };
         Some(entry)
     }
 
-    fn release(&mut self, from: Incarnation) {
-        let applied = PurgeIndex(0);
-        if let Some(entry) = self.hear(from, applied) {
-            entry.right = Right::Fenced;
+    fn release(&mut self, now: Duration, from: Incarnation) {
+        let (without_lease, applied) = (self.without_lease(now, from.node), PurgeIndex(0));
+        if let Some(entry) = self.hear(now, from, applied) {
+            entry.right = without_lease;
         }
     }
 
@@ -480,9 +499,17 @@ impl Reign {
         let needed = self.first_entry.max(self.settled);
         let until = now + self.lease + margin(self.lease);
         let waits = now + self.lease / 2;
-        let entry = self
-            .hear(renewal.from, renewal.applied)
-            .ok_or(Refusal::Replaced)?;
+        let acked = self
+            .hear(now, renewal.from, renewal.applied)
+            .ok_or(Refusal::Replaced)?
+            .acked;
+        let overdue = |since: &Duration| now.saturating_sub(*since) >= self.lease / 2;
+        let is_slow = self
+            .waiting
+            .iter()
+            .any(|(index, since)| *index > acked && overdue(since));
+        let entry = self.entries.get_mut(&renewal.from.node);
+        let entry = entry.ok_or(Refusal::Replaced)?;
         let holds = matches!(entry.right, Right::Leased { until } if now < until);
         if !holds && entry.acked < needed {
             // It has come to where it had to, and more purges have been answered
@@ -496,19 +523,11 @@ impl Reign {
             entry.owed = Some(needed);
             return Err(Refusal::Behind { needed });
         }
-        let acked = entry.acked;
-        let overdue = |since: &Duration| now.saturating_sub(*since) >= self.lease / 2;
-        if self
-            .waiting
-            .iter()
-            .any(|(index, since)| *index > acked && overdue(since))
-        {
+        if is_slow {
             return Err(Refusal::Slow);
         }
-        if let Some(entry) = self.entries.get_mut(&renewal.from.node) {
-            entry.right = Right::Leased { until };
-            entry.owed = None;
-        }
+        entry.right = Right::Leased { until };
+        entry.owed = None;
         Ok(Grant {
             to: renewal.from,
             sent_at: renewal.sent_at,
@@ -517,6 +536,8 @@ impl Reign {
     }
 
     /// Rule 10: a purge holds when every process has acknowledged it or is fenced.
+    /// One from before this term needs the term's first entry acknowledged, too:
+    /// without it the word may be a dead process's.
     fn settle(&mut self, now: Duration, outputs: &mut Vec<Output>) {
         for entry in self.entries.values_mut() {
             if entry.right.until().is_some_and(|until| now >= until) {
@@ -530,7 +551,8 @@ impl Reign {
         let everywhere = serving.map(|entry| entry.acked).min();
         while let Some(first) = self.waiting.first_entry() {
             let index = *first.key();
-            if everywhere.is_some_and(|everywhere| everywhere < index) {
+            let proof = index.max(self.first_entry);
+            if everywhere.is_some_and(|everywhere| everywhere < proof) {
                 break;
             }
             first.remove();
@@ -538,7 +560,7 @@ impl Reign {
             let acked = self
                 .entries
                 .iter()
-                .filter(|(_, entry)| entry.acked >= index);
+                .filter(|(_, entry)| entry.acked >= proof);
             outputs.push(Output::Settled {
                 index,
                 acked: acked.map(|(node, _)| *node).collect(),
@@ -682,6 +704,11 @@ mod tests {
 
     fn after(ms: u64) -> Duration {
         LEADS_AT + Duration::from_millis(ms)
+    }
+
+    /// Once the leases of earlier leaders have ended.
+    fn later(ms: u64) -> Duration {
+        after(3000 + ms)
     }
 
     fn process(node: u64, process: u64) -> Incarnation {
@@ -837,6 +864,7 @@ mod tests {
     /// It is always a few behind: what is answered while it asks is without it.
     #[test]
     fn a_node_that_keeps_up_gets_a_lease_while_purges_keep_coming() {
+        let after = later;
         let mut table = leading(&[1, 2]);
         assert!(ask(&mut table, after(0), renewal(1, 10)).is_ok());
         table.step(after(0), Input::Released(process(2, 1)));
@@ -871,6 +899,7 @@ mod tests {
     /// Waiting for one that fell behind costs purges half a lease, once.
     #[test]
     fn a_node_that_does_not_keep_up_is_not_waited_for_again() {
+        let after = later;
         let mut table = leading(&[1, 2]);
         assert!(ask(&mut table, after(0), renewal(1, 10)).is_ok());
         table.step(after(0), Input::Released(process(2, 1)));
@@ -1027,6 +1056,30 @@ mod tests {
             },
         );
         assert_eq!(commit(&mut table, after(2), 11), []);
+    }
+
+    /// That a process has stopped may be heard late: the one after it has asked
+    /// an earlier leader meanwhile.
+    #[test]
+    fn the_word_of_a_dead_process_does_not_shorten_a_new_leaders_wait() {
+        let until = LEADS_AT + LEASE + margin(LEASE);
+        let mut table = leading(&[1]);
+        table.step(after(0), Input::Released(process(1, 4)));
+        assert_eq!(commit(&mut table, after(1), 11), []);
+        assert_eq!(table.next_tick(), Some(until));
+        assert_eq!(table.step(until, Input::Tick), settled(11, &[]));
+
+        // Nor does what it had applied before its restart lost it again.
+        let mut table = leading(&[1]);
+        assert_eq!(commit(&mut table, after(0), 9), []);
+        assert_eq!(acked(&mut table, after(1), 1, 9), []);
+        assert_eq!(table.step(until, Input::Tick), settled(9, &[]));
+
+        // One that is known to have lived in this term asked nobody before it.
+        let mut table = leading(&[1]);
+        acked(&mut table, after(0), 1, 10);
+        table.step(after(1), Input::Released(process(1, 1)));
+        assert_eq!(commit(&mut table, after(2), 11), settled(11, &[]));
     }
 
     #[test]

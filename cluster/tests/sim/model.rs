@@ -116,6 +116,10 @@ enum Act {
     Acknowledges(usize, usize),
     /// An acknowledgement of `s`'s dead process does.
     DeadAcknowledges(usize, usize),
+    /// The last renewal of `s`'s dead process does.
+    DeadRenews(usize, usize),
+    /// The word of `s`'s dead process that it has given up its lease does.
+    DeadReleased(usize, usize),
     /// `s`'s renewal does.
     Renews(usize, usize),
     /// The grant that is under way to `s` arrives.
@@ -159,11 +163,19 @@ struct Server {
     renewal: Option<Renewal>,
     /// What is under way to it.
     grant: Option<Grant>,
-    /// The dead process and what it had applied.
-    dead: Option<(Incarnation, u64)>,
+    dead: Option<Dead>,
     stopped: bool,
     /// The lease that it should have forgotten, for a mistake.
     forgotten: Duration,
+}
+
+/// The process before, and what it has said.
+#[derive(Clone, Copy, Hash)]
+struct Dead {
+    me: Incarnation,
+    applied: u64,
+    renewal: Option<Renewal>,
+    stopped: bool,
 }
 
 #[derive(Clone, Hash)]
@@ -344,12 +356,16 @@ impl Model {
         for (s, server) in world.servers.iter().enumerate() {
             may(server.applied < world.end_of_log(), Act::Applies(s));
             may(server.grant.is_some(), Act::GrantArrives(s));
-            may(restarts > 0 && !server.stopped, Act::Restarts(s));
+            may(restarts > 0, Act::Restarts(s));
             may(stops > 0 && !server.stopped, Act::Stops(s));
             for (l, leader) in world.leaders.iter().enumerate() {
                 let hears = leader.reign.is_some();
                 may(hears, Act::Acknowledges(s, l));
                 may(hears && server.dead.is_some(), Act::DeadAcknowledges(s, l));
+                let renews = server.dead.is_some_and(|dead| dead.renewal.is_some());
+                may(hears && renews, Act::DeadRenews(s, l));
+                let stopped = server.dead.is_some_and(|dead| dead.stopped);
+                may(hears && stopped, Act::DeadReleased(s, l));
                 may(hears && server.renewal.is_some(), Act::Renews(s, l));
                 may(hears && server.stopped, Act::Released(s, l));
             }
@@ -436,9 +452,20 @@ impl Model {
                 self.step(world, l, Input::Acked { from, applied });
             }
             Act::DeadAcknowledges(s, l) => {
-                if let Some((from, applied)) = world.servers[s].dead {
-                    let applied = PurgeIndex(applied);
+                if let Some(dead) = world.servers[s].dead {
+                    let (from, applied) = (dead.me, PurgeIndex(dead.applied));
                     self.step(world, l, Input::Acked { from, applied });
+                }
+            }
+            Act::DeadRenews(s, l) => {
+                let dead = world.servers[s].dead.as_mut();
+                if let Some(renewal) = dead.and_then(|dead| dead.renewal.take()) {
+                    self.step(world, l, Input::Renew(renewal));
+                }
+            }
+            Act::DeadReleased(s, l) => {
+                if let Some(dead) = world.servers[s].dead {
+                    self.step(world, l, Input::Released(dead.me));
                 }
             }
             Act::Renews(s, l) => {
@@ -457,7 +484,6 @@ impl Model {
                 server.stopped = true;
                 server.forgotten = server.holder.deadline();
                 server.holder.stop(now);
-                server.renewal = None;
             }
             Act::Released(s, l) => {
                 let from = world.servers[s].me;
@@ -491,7 +517,13 @@ impl Model {
         world.left.2 -= 1;
         let now = world.now();
         let server = &mut world.servers[s];
-        server.dead = Some((server.me, server.applied));
+        server.dead = Some(Dead {
+            me: server.me,
+            applied: server.applied,
+            renewal: server.renewal,
+            stopped: server.stopped,
+        });
+        server.stopped = false;
         server.forgotten = server.holder.deadline();
         if !self.makes(Mistake::ProcessesNotCounted) {
             server.me.process += 1;
@@ -531,7 +563,10 @@ impl Model {
                 }
                 Output::Granted(grant) => {
                     let s = grant.to.node.0 as usize - 1;
-                    world.servers[s].grant = Some(grant);
+                    // What a dead process is granted nobody takes.
+                    if grant.to == world.servers[s].me {
+                        world.servers[s].grant = Some(grant);
+                    }
                     if !self.bounds.late_grants {
                         self.grant_arrives(world, s);
                     }
@@ -591,7 +626,7 @@ fn floor(world: &World, server: &Server) -> Floor {
 }
 
 /// As much as is looked at in a minute; each bound is reached by some state.
-const LOOKED_AT: [Bounds; 3] = [
+const LOOKED_AT: [Bounds; 4] = [
     // Everybody's word counts.
     Bounds {
         servers: 2,
@@ -610,6 +645,15 @@ const LOOKED_AT: [Bounds; 3] = [
         stops: 1,
         late_grants: true,
         steps: 2,
+        ..SMALL
+    },
+    // Words of a process that come when the one after it has asked another leader.
+    Bounds {
+        leaders: 2,
+        elections: 2,
+        restarts: 1,
+        stops: 1,
+        steps: 0,
         ..SMALL
     },
 ];
@@ -646,7 +690,7 @@ fn no_order_of_events_breaks_the_promise() {
 #[test]
 fn every_mistake_is_found() {
     use Mistake::*;
-    let [_, two_leaders, comings_and_goings] = LOOKED_AT;
+    let [_, two_leaders, comings_and_goings, _] = LOOKED_AT;
     let thrice_elected = Bounds {
         elections: 2,
         ..two_leaders
