@@ -515,8 +515,9 @@ impl Reign {
             // It has come to where it had to, and more purges have been answered
             // without it meanwhile. They wait for it from now on, until it has
             // asked again, or it would be behind for as long as they come. Who
-            // does not keep up is waited for once, as long as by rule 13.
-            if entry.owed.is_some_and(|owed| owed <= entry.acked) {
+            // does not keep up is waited for once, as long as by rule 13. A purge
+            // that has waited so long already waits for nobody else.
+            if !is_slow && entry.owed.is_some_and(|owed| owed <= entry.acked) {
                 let until = entry.right.until().map_or(waits, |until| until.max(waits));
                 entry.right = Right::Unknown { until };
             }
@@ -1080,6 +1081,25 @@ mod tests {
         acked(&mut table, after(0), 1, 10);
         table.step(after(1), Input::Released(process(1, 1)));
         assert_eq!(commit(&mut table, after(2), 11), settled(11, &[]));
+    }
+
+    /// Rule 13: what has waited for half a lease waits for nobody else.
+    #[test]
+    fn a_purge_that_is_overdue_waits_for_no_other_node() {
+        let after = later;
+        let mut table = leading(&[1, 2]);
+        assert!(ask(&mut table, after(0), renewal(1, 10)).is_ok());
+        // Nobody but 1 holds a lease; 2 has been behind once, and caught up to there.
+        assert_eq!(commit(&mut table, after(1), 11), []);
+        assert_eq!(acked(&mut table, after(2), 1, 11), settled(11, &[1]));
+        assert!(ask(&mut table, after(3), renewal(2, 10)).is_err());
+        assert_eq!(commit(&mut table, after(4), 12), []);
+        assert_eq!(acked(&mut table, after(5), 1, 12), settled(12, &[1]));
+        // Then 1 falls silent.
+        assert_eq!(commit(&mut table, after(600), 13), []);
+        assert!(ask(&mut table, after(1900), renewal(2, 11)).is_err());
+        let until = after(0) + LEASE + margin(LEASE);
+        assert_eq!(table.step(until, Input::Tick), settled(13, &[]));
     }
 
     #[test]
