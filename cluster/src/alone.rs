@@ -198,7 +198,7 @@ impl Kept {
     fn open(dir: DataDir) -> Result<(Kept, Arc<Replica>), StartError> {
         let snapshot = dir.path().join("alone.snapshot");
         let rows = Rows::open(&rows_path(&dir))?;
-        let load = || -> Result<Arc<Replica>, AnyError> {
+        let load = || -> Result<(Arc<Replica>, PurgeIndex), AnyError> {
             let state = match read_file(&snapshot).map_err(|e| AnyError::new(&e))? {
                 Some(bytes) => ClusterState::from_bytes(&bytes).map_err(|e| AnyError::new(&e))?,
                 None => ClusterState::default(),
@@ -212,14 +212,12 @@ impl Kept {
                     .filter(|(index, _)| *index > folded.0)
                     .map(|(index, command)| (PurgeIndex(index), Some(command))),
             );
-            Ok(replica)
+            Ok((replica, folded))
         };
-        let replica = load().map_err(|e| StartError::Storage {
+        let (replica, folded) = load().map_err(|e| StartError::Storage {
             path: dir.path().into(),
             reason: e.to_string(),
         })?;
-        // Only how soon the next snapshot is due: it need not be exact.
-        let folded = replica.applied();
         let mut kept = Kept {
             rows: Some(rows),
             snapshot,
@@ -376,6 +374,32 @@ mod tests {
         assert_eq!(Some(floor("/19")), last);
         assert_eq!(floor("/after"), after);
         assert_eq!(alone.replica.applied(), after);
+    }
+
+    /// However few commands come between two starts.
+    #[test]
+    fn a_start_does_not_put_off_the_next_snapshot() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Some(dir.path().to_owned());
+        for start in 0..3 {
+            let alone = Alone::open(path.clone()).unwrap();
+            let key = alone.replica.view().hash_key.unwrap();
+            alone.purge(url(&key, "/film"), start).unwrap();
+            let kept = alone.kept.lock().unwrap();
+            assert_eq!(kept.as_ref().unwrap().folded, PurgeIndex(0));
+        }
+        let alone = Alone::open(path.clone()).unwrap();
+        let folded = {
+            let mut kept = alone.kept.lock().unwrap();
+            kept.as_mut().unwrap().fold(&alone.replica).unwrap();
+            alone.replica.applied()
+        };
+        let key = alone.replica.view().hash_key.unwrap();
+        alone.purge(url(&key, "/film"), 9).unwrap();
+        drop(alone);
+        let alone = Alone::open(path).unwrap();
+        assert!(alone.replica.applied() > folded);
+        assert_eq!(alone.kept.lock().unwrap().as_ref().unwrap().folded, folded);
     }
 
     #[test]
