@@ -33,7 +33,7 @@ use crate::{NodeId, PurgeIndex};
 const ANSWER: Duration = Duration::from_secs(1);
 /// Before an acknowledgement that did not arrive is sent again.
 const AGAIN: Duration = Duration::from_millis(50);
-/// How often the clocks are compared (rule 17), and renewals looked after.
+/// How often the clocks are compared (rule 17), and renewals looked after at least.
 const COMPARE: Duration = Duration::from_millis(100);
 /// Time without a lease before logging, and between logs.
 const TELL_EVERY: Duration = Duration::from_secs(5);
@@ -265,6 +265,7 @@ pub(super) fn spawn(shared: &Arc<Shared>, runtime: &tokio::runtime::Handle) {
     shared.spawn(runtime, Shared::settle);
     shared.spawn(runtime, Shared::acknowledge);
     shared.spawn(runtime, Shared::keep_lease);
+    shared.spawn(runtime, Shared::compare_clocks);
 }
 
 /// Why there is no lease.
@@ -430,7 +431,6 @@ impl Shared {
                     .leases
                     .hold(|holder| holder.renewal(now(), wall(), applied)),
                 None => {
-                    self.leases.hold(|holder| holder.compare(now(), wall()));
                     why = "there is no leader".to_owned();
                     None
                 }
@@ -462,6 +462,14 @@ impl Shared {
                 .saturating_sub(now());
             let pause = due.clamp(super::RETRY, COMPARE);
             let _ = tokio::time::timeout(pause, self.leader_changes(leader)).await;
+        }
+    }
+
+    /// Compares the clocks, also while a renewal waits for its answer.
+    async fn compare_clocks(self: Arc<Self>) {
+        loop {
+            self.leases.hold(|holder| holder.compare(now(), wall()));
+            tokio::time::sleep(COMPARE).await;
         }
     }
 
