@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use pingora_slice_client::ca::{ca_init, ca_issue};
-use pingora_slice_cluster::handle::{Cluster, ClusterConfig, PurgeError, StartError};
+use pingora_slice_cluster::handle::{Cluster, ClusterConfig, PurgeError, PurgeWait, StartError};
 use pingora_slice_cluster::members::{NodeState, Role};
 use pingora_slice_cluster::peer::TlsFiles;
 use pingora_slice_cluster::purge::{PurgeItem, PurgeMode, Scope, Subject};
@@ -581,6 +581,26 @@ fn copy_dir(from: &Path, to: &Path) {
             false => drop(std::fs::copy(entry.path(), to).unwrap()),
         }
     }
+}
+
+/// Who has left may still hold a lease; whoever waits for less must be told so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purge_that_waits_for_a_quorum_says_who_may_answer_with_older_bytes() {
+    let site = Site::new(4, 3);
+    let mut nodes = site.start_all().await;
+    // An abrupt end: nothing is released.
+    drop(nodes.pop());
+    nodes[0].remove(NodeId(4)).await.unwrap();
+    let items = url(&nodes[0], "/film").0;
+    let receipt = nodes[0].purge_and_wait(items, 1, PurgeWait::Quorum).await;
+    let pending = receipt.unwrap().pending;
+    assert!(pending.contains(&NodeId(4)), "{pending:?}");
+    // Once everybody has it or is fenced, that is the whole promise.
+    let settled = nodes[0].purge(url(&nodes[0], "/film").0, 1).await.unwrap();
+    let items = url(&nodes[0], "/film").0;
+    let again = nodes[0].purge_and_wait(items, 1, PurgeWait::Quorum).await;
+    assert_eq!(again.unwrap(), settled);
+    stop_all(nodes).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

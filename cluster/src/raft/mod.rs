@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt as _;
 use openraft::storage::RaftLogStorage as _;
 use openraft::{Raft, SnapshotPolicy};
 use serde::Serialize;
@@ -437,13 +438,15 @@ impl Shared {
             Err(_) => Led::Unknown("there is no quorum".into()),
             Ok(Err(e)) => Led::Unknown(e.to_string()),
             Ok(Ok(written)) => match written.data {
-                Outcome::Purged(index) if wait == Some(PurgeWait::Quorum) => {
-                    Led::Purged(self.committed(index))
-                }
                 Outcome::Purged(index) if wait.is_some() => {
                     let members = || self.replica.view().members.keys().copied().collect();
                     let term = written.log_id.leader_id.term;
                     let settled = self.leases.settled(index, term, members);
+                    if wait == Some(PurgeWait::Quorum) {
+                        // Told the table, so that whoever does not apply it is let go.
+                        let settled = settled.now_or_never().flatten();
+                        return Led::Purged(settled.unwrap_or_else(|| self.committed(index)));
+                    }
                     match tokio::time::timeout_at(deadline, settled).await {
                         Ok(Some(receipt)) => Led::Purged(receipt),
                         Ok(None) => Led::Unknown("the leader changed".into()),
@@ -455,19 +458,17 @@ impl Shared {
         }
     }
 
-    /// A purge that this leader has committed and applied, and no more.
+    /// A purge that this leader has committed and applied, and no more. Who is
+    /// fenced now may get a lease before it has the purge, and who has left the
+    /// cluster may hold one: both are pending.
     fn committed(&self, index: PurgeIndex) -> PurgeReceipt {
-        let has = |id: &NodeId| {
-            *id == self.me || self.leases.applied_by(*id).is_some_and(|at| at >= index)
-        };
-        let members = self
-            .replica
-            .view()
-            .members
-            .keys()
-            .copied()
-            .collect::<Vec<_>>();
-        let (acked, pending) = members.into_iter().partition(has);
+        let standings = self.leases.standings();
+        let acked = |standing: &&Standing| standing.acked >= index;
+        let acked: BTreeSet<NodeId> = standings.iter().filter(acked).map(|s| s.node).collect();
+        let mut nodes: BTreeSet<NodeId> = self.replica.view().members.keys().copied().collect();
+        let serving = standings.iter().filter(|standing| standing.serves);
+        nodes.extend(serving.map(|standing| standing.node));
+        let (acked, pending) = nodes.into_iter().partition(|id| acked.contains(id));
         PurgeReceipt {
             index,
             acked,
