@@ -748,6 +748,71 @@ async fn a_stranger_has_room_for_a_greeting_and_no_more() {
     assert!(stranger.contains("frame too long"), "{stranger}");
 }
 
+/// The first packets of so many connections, as they would leave for anywhere.
+async fn first_packets(raw: &RawClient, count: usize) -> Vec<Vec<u8>> {
+    let nobody = tokio::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .unwrap();
+    let to = nobody.local_addr().unwrap();
+    let connect = |_| raw.0.connect(to, peer::SERVER_NAME).unwrap();
+    let _connecting: Vec<_> = (0..count).map(connect).collect();
+    let mut packets = std::collections::BTreeMap::new();
+    let mut packet = vec![0; 2048];
+    while packets.len() < count {
+        let length = nobody.recv(&mut packet).await.unwrap();
+        // Flags, version, length of the connection's number, and that number.
+        let number = packet[6..6 + packet[5] as usize].to_vec();
+        packets.entry(number).or_insert(packet[..length].to_vec());
+    }
+    packets.into_values().collect()
+}
+
+/// Who sends from where it is not takes no peer's place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handshakes_that_nobody_goes_on_with_keep_no_peer_out() {
+    let authority = Authority::new();
+    let (asker, owner, _) = pair(&authority);
+    let raw = RawClient::new(&authority.issue(9), wire::ALPN_SLICES);
+    let packets = first_packets(&raw, 200).await;
+    let elsewhere = tokio::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .unwrap();
+    for packet in packets {
+        elsewhere.send_to(&packet, owner.address).await.unwrap();
+    }
+    let answer = asker.ask(2, &ask(behaviour::WHOLE, 10)).await;
+    assert!(answer.is_ok(), "{:?}", answer.err());
+}
+
+/// However many connections a node makes, the others find room.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_has_so_many_connections_and_no_more() {
+    const CONNECTIONS: usize = 16;
+    let authority = Authority::new();
+    let (_, owner, _) = pair(&authority);
+    let raw = RawClient::new(&authority.issue(1), wire::ALPN_SLICES);
+    let mut connections = Vec::new();
+    for _ in 0..CONNECTIONS + 4 {
+        let connecting = raw.0.connect(owner.address, peer::SERVER_NAME).unwrap();
+        connections.push(connecting.await.unwrap());
+        until("it is served", || {
+            owner.peers.links().iter().all(|link| link.accepted)
+                && owner.peers.links().len() == connections.len().min(CONNECTIONS)
+        })
+        .await;
+    }
+    let open = |connection: &quinn::Connection| connection.close_reason().is_none();
+    until("the oldest have given way", || {
+        connections
+            .iter()
+            .filter(|connection| open(connection))
+            .count()
+            == CONNECTIONS
+    })
+    .await;
+    assert!(connections.iter().skip(4).all(open));
+}
+
 /// A cable between two nodes that can be cut: both ports of a pair.
 struct Cable {
     address: SocketAddr,

@@ -6,7 +6,8 @@
 //! for keeps no other out. Who asks is read from the certificate, once per
 //! connection; what it may ask for, from the handler, at each request.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -30,8 +31,14 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Handshakes at once: more must first show that their address is real.
 const HANDSHAKES_MAX: usize = 64;
+/// As many of those that have shown it have room of their own: who only pretends
+/// to be somewhere takes none of it.
+const HANDSHAKES_SHOWN_MAX: usize = 64;
 /// Connections of one endpoint, both ways: 4 each way to 200 peers, and as much again.
 const CONNECTIONS_MAX: usize = 3200;
+/// Connections that one node has made to it: 4, those of its life before a
+/// restart, and greetings. The oldest gives way.
+const NODE_CONNECTIONS_MAX: usize = 16;
 /// Requests for slices under way: 64 from each of 16 peers at once; a head of
 /// 256 KiB each makes 256 MiB at the very worst.
 const REQUESTS_MAX: usize = 1024;
@@ -64,12 +71,16 @@ pub(super) struct Server {
     tasks: TaskTracker,
     heard: Box<dyn Fn(NodeId) + Send + Sync>,
     handshakes: Arc<Semaphore>,
+    /// Of those whose address is known to be real.
+    handshakes_shown: Arc<Semaphore>,
     /// For slices.
     requests: Semaphore,
     /// For control.
     shares: Shares,
-    /// By quinn's number for them; at most [`CONNECTIONS_MAX`].
-    connections: Mutex<HashMap<usize, (NodeId, Connection)>>,
+    /// As they came; at most [`CONNECTIONS_MAX`].
+    connections: Mutex<BTreeMap<u64, (NodeId, Connection)>>,
+    /// How many have come.
+    connected: AtomicU64,
 }
 
 impl Server {
@@ -88,9 +99,11 @@ impl Server {
             tasks,
             heard,
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+            handshakes_shown: Arc::new(Semaphore::new(HANDSHAKES_SHOWN_MAX)),
             requests: Semaphore::new(REQUESTS_MAX),
             shares: Shares::default(),
             connections: Mutex::default(),
+            connected: AtomicU64::new(0),
         })
     }
 
@@ -102,7 +115,11 @@ impl Server {
                 incoming.refuse();
                 continue;
             }
-            match self.handshakes.clone().try_acquire_owned() {
+            let handshakes = match incoming.remote_address_validated() {
+                true => &self.handshakes_shown,
+                false => &self.handshakes,
+            };
+            match handshakes.clone().try_acquire_owned() {
                 Ok(permit) => {
                     let server = self.clone();
                     self.tasks.spawn(async move {
@@ -157,8 +174,8 @@ impl Server {
 
     async fn serve(self: Arc<Self>, from: NodeId, connection: Connection) {
         (self.heard)(from);
-        let number = connection.stable_id();
-        lock(&self.connections).insert(number, (from, connection.clone()));
+        let number = self.connected.fetch_add(1, Ordering::Relaxed);
+        self.enter(number, from, &connection);
         // Ends with the connection.
         while let Ok((send, recv)) = connection.accept_bi().await {
             let server = self.clone();
@@ -166,6 +183,20 @@ impl Server {
                 .spawn(async move { server.request(from, send, recv).await });
         }
         lock(&self.connections).remove(&number);
+    }
+
+    /// Lists a connection; one node's are no more than its share.
+    fn enter(&self, number: u64, from: NodeId, connection: &Connection) {
+        let mut connections = lock(&self.connections);
+        let open =
+            |(node, known): &&(NodeId, Connection)| *node == from && known.close_reason().is_none();
+        if connections.values().filter(open).count() >= NODE_CONNECTIONS_MAX
+            && let Some((_, oldest)) = connections.values().find(open)
+        {
+            // Its task takes it off the list.
+            oldest.close(CloseCode::Busy.into(), CloseCode::Busy.text().as_bytes());
+        }
+        connections.insert(number, (from, connection.clone()));
     }
 
     /// One stream, from its first byte to its last.
