@@ -22,11 +22,11 @@ use crate::crc32c::crc32c;
 use crate::{Generation, ObjectKey, PurgeIndex, SliceId};
 
 /// Version of the frames; also in the ALPN, so that nodes that differ never connect.
-pub const WIRE_VERSION: u8 = 3;
+pub const WIRE_VERSION: u8 = 4;
 /// ALPN of the slice endpoint.
-pub const ALPN_SLICES: &[u8] = b"pingora-slice/3";
+pub const ALPN_SLICES: &[u8] = b"pingora-slice/4";
 /// ALPN of the control endpoint.
-pub const ALPN_CONTROL: &[u8] = b"pingora-slice-control/3";
+pub const ALPN_CONTROL: &[u8] = b"pingora-slice-control/4";
 
 /// Longest `Ask` or `Answer`, bytes: a request head of 64 KiB (Pingora's own
 /// limit), a manifest with as much again, and room to spare.

@@ -571,6 +571,58 @@ async fn a_node_ahead_of_the_log_gets_no_lease_and_is_not_counted() {
     edge.stop().await;
 }
 
+/// Its log says nothing in an election of this one, however long it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_voter_of_an_earlier_founding_elects_nobody() {
+    let site = Site::new(3, 3);
+    let nodes = site.start_all().await;
+    purge_many(&nodes[0], 30).await;
+    let led_before = leader(&nodes);
+    stop_all(nodes).await;
+    let emptied = |node| ClusterConfig {
+        data_dir: site.dir.path().join(format!("emptied{node}")),
+        ..site.config(node)
+    };
+    let mut nodes = Vec::new();
+    for node in 1..=3 {
+        nodes.push(start(emptied(node)).await);
+    }
+    until("they found anew", || nodes.iter().all(Cluster::may_serve)).await;
+    let (key, led) = (nodes[0].view().hash_key, leader(&nodes));
+    stop_all(nodes).await;
+    // A majority of the voters, neither of whom goes on leading, and one of them
+    // with what it had before.
+    let goes_back = (0..3).find(|node| ![led_before, led].contains(node));
+    let goes_back = goes_back.unwrap();
+    let other = 3 - led - goes_back;
+    let nodes = [
+        start(emptied(other + 1)).await,
+        site.start(goes_back + 1).await,
+    ];
+    until("both know their term", || {
+        nodes.iter().all(|node| node.status().term > 0)
+    })
+    .await;
+    let terms = nodes.each_ref().map(|node| node.status().term);
+    let began = Instant::now();
+    until("several elections might have been", || {
+        let now = nodes.each_ref().map(|node| node.status().term);
+        assert_eq!(now, terms, "they have held an election");
+        began.elapsed() > LEASE * 4
+    })
+    .await;
+    let first = start(emptied(led + 1)).await;
+    until("the two of this founding serve", || {
+        first.may_serve() && nodes[0].may_serve()
+    })
+    .await;
+    assert_eq!(first.view().hash_key, key);
+    let why = tokio::time::timeout(PATIENCE, nodes[1].failed()).await;
+    assert!(why.is_ok(), "it goes on with the log of another founding");
+    stop_all(nodes.into()).await;
+    first.stop().await;
+}
+
 fn copy_dir(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {

@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::leases::Leases;
-use self::network::{Led, Network, Request, Task};
+use self::network::{Call, Led, Network, Request, Task};
 use self::prevote::LeaderHeard;
 use self::store::{LogStore, StateMachine, TypeConfig};
 use crate::data_dir::DataDir;
@@ -677,6 +677,21 @@ impl Shared {
         known || self.is_counted(from)
     }
 
+    async fn raft_says(&self, call: Call) -> Result<Vec<u8>, String> {
+        match call {
+            Call::Append(rpc) => {
+                let answer = self.raft.append_entries(rpc).await;
+                if let Ok(answer) = &answer {
+                    self.leader_heard.note(answer);
+                }
+                encode(&answer)
+            }
+            Call::PreVote { last_log } => encode(&self.would_vote(last_log)),
+            Call::Vote(rpc) => encode(&self.raft.vote(rpc).await),
+            Call::Snapshot(rpc) => encode(&self.raft.install_snapshot(rpc).await),
+        }
+    }
+
     async fn answer(
         &self,
         from: NodeId,
@@ -688,16 +703,14 @@ impl Shared {
         }
         match request {
             Request::Hello(hello) => encode(&self.welcome(from, hello).await?),
-            Request::Append(rpc) => {
-                let answer = self.raft.append_entries(rpc).await;
-                if let Ok(answer) = &answer {
-                    self.leader_heard.note(answer);
+            Request::Raft { cluster, call } => {
+                let ours = self.replica.state().cluster_id();
+                // Who knows none yet has nothing of another.
+                if ours.is_some() && cluster.is_some() && ours != cluster {
+                    return Err("its log is of another founding of the cluster".into());
                 }
-                encode(&answer)
+                self.raft_says(call).await
             }
-            Request::PreVote { last_log } => encode(&self.would_vote(last_log)),
-            Request::Vote(rpc) => encode(&self.raft.vote(rpc).await),
-            Request::Snapshot(rpc) => encode(&self.raft.install_snapshot(rpc).await),
             Request::Renew { renewal, cluster } => {
                 encode(&self.renew(from, renewal, cluster).await)
             }

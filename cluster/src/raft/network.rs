@@ -37,17 +37,14 @@ const RETRY: Duration = Duration::from_millis(100);
 pub(crate) enum Request {
     /// "This is me; let me in." The only one that non-members may send. [`Welcome`].
     Hello(Hello),
-    /// `Result<AppendEntriesResponse, RaftError>`.
-    Append(AppendEntriesRequest<TypeConfig>),
-    /// `Result<VoteResponse, RaftError>`.
-    Vote(VoteRequest<u64>),
-    /// Whether the receiver would vote for the sender now. `bool`.
-    PreVote {
-        /// Where the sender's log ends.
-        last_log: Option<LogId<u64>>,
+    /// One of Raft's own. As [`Call`] says.
+    Raft {
+        /// Which cluster's log the sender has, as far as it knows: logs of two
+        /// foundings must not be compared, let alone mended by one another.
+        cluster: Option<ClusterId>,
+        /// What Raft has to say.
+        call: Call,
     },
-    /// `Result<InstallSnapshotResponse, RaftError>`.
-    Snapshot(InstallSnapshotRequest<TypeConfig>),
     /// "Let me go on answering from cache." `Result<Grant, Refusal>`.
     Renew {
         /// What the lease table is to hear.
@@ -83,6 +80,22 @@ pub(crate) enum Request {
     },
     /// The receiver's metrics text, if it has any: `Option<Vec<u8>>`.
     Metrics,
+}
+
+/// What Raft says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Call {
+    /// `Result<AppendEntriesResponse, RaftError>`.
+    Append(AppendEntriesRequest<TypeConfig>),
+    /// `Result<VoteResponse, RaftError>`.
+    Vote(VoteRequest<u64>),
+    /// Whether the receiver would vote for the sender now. `bool`.
+    PreVote {
+        /// Where the sender's log ends.
+        last_log: Option<LogId<u64>>,
+    },
+    /// `Result<InstallSnapshotResponse, RaftError>`.
+    Snapshot(InstallSnapshotRequest<TypeConfig>),
 }
 
 /// How a node introduces itself.
@@ -166,6 +179,7 @@ impl RaftNetworkFactory<TypeConfig> for Network {
             me: self.me,
             target,
             peers: self.peers.clone(),
+            replica: self.replica.clone(),
         }
     }
 }
@@ -175,12 +189,13 @@ pub(crate) struct Connection {
     me: NodeId,
     target: NodeId,
     peers: Peers,
+    replica: Arc<Replica>,
 }
 
 type CallError<E = openraft::error::Infallible> = RPCError<u64, BasicNode, RaftError<u64, E>>;
 
 impl Connection {
-    async fn call<R, E>(&self, request: Request, deadline: Duration) -> Result<R, CallError<E>>
+    async fn call<R, E>(&self, call: Call, deadline: Duration) -> Result<R, CallError<E>>
     where
         R: DeserializeOwned,
         E: std::error::Error + DeserializeOwned,
@@ -189,6 +204,8 @@ impl Connection {
             let error = AnyError::error("a node does not call itself");
             return Err(RPCError::Unreachable(Unreachable::new(&error)));
         }
+        let cluster = self.replica.state().cluster_id();
+        let request = Request::Raft { cluster, call };
         let answer: Result<Result<R, RaftError<u64, E>>, PeerError> = self
             .peers
             .control_aside(self.target, &request, deadline)
@@ -208,7 +225,7 @@ impl RaftNetwork<TypeConfig> for Connection {
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>, CallError> {
-        self.call(Request::Append(rpc), option.hard_ttl()).await
+        self.call(Call::Append(rpc), option.hard_ttl()).await
     }
 
     async fn install_snapshot(
@@ -216,7 +233,7 @@ impl RaftNetwork<TypeConfig> for Connection {
         rpc: InstallSnapshotRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<InstallSnapshotResponse<u64>, CallError<InstallSnapshotError>> {
-        self.call(Request::Snapshot(rpc), option.hard_ttl()).await
+        self.call(Call::Snapshot(rpc), option.hard_ttl()).await
     }
 
     async fn vote(
@@ -224,7 +241,7 @@ impl RaftNetwork<TypeConfig> for Connection {
         rpc: VoteRequest<u64>,
         option: RPCOption,
     ) -> Result<VoteResponse<u64>, CallError> {
-        self.call(Request::Vote(rpc), option.hard_ttl()).await
+        self.call(Call::Vote(rpc), option.hard_ttl()).await
     }
 
     fn backoff(&self) -> Backoff {

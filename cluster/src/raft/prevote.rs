@@ -15,7 +15,7 @@ use openraft::LogId;
 use openraft::raft::AppendEntriesResponse;
 use tokio::time::Instant;
 
-use super::network::Request;
+use super::network::{Call, Request};
 use super::{ELECTION_MAX, ELECTION_MIN, HEARTBEAT, Shared};
 use crate::NodeId;
 
@@ -69,9 +69,16 @@ impl Shared {
         membership.get_joint_config().clone()
     }
 
+    fn pre_vote_request(&self, last_log: Option<LogId<u64>>) -> Request {
+        Request::Raft {
+            cluster: self.replica.state().cluster_id(),
+            call: Call::PreVote { last_log },
+        }
+    }
+
     /// Who of `nodes` answers now, this node among them.
     pub(super) async fn answering(&self, nodes: BTreeSet<u64>) -> BTreeSet<u64> {
-        let request = Request::PreVote { last_log: None };
+        let request = self.pre_vote_request(None);
         let ask = async |id: u64| {
             let peers = &self.peers;
             let answer = peers.control_aside::<_, bool>(NodeId(id), &request, ANSWER);
@@ -92,7 +99,7 @@ impl Shared {
             .collect::<BTreeSet<_>>()
             .into_iter()
             .map(|id| async move {
-                let request = Request::PreVote { last_log };
+                let request = self.pre_vote_request(last_log);
                 let peer = NodeId(*id);
                 let answer = self.peers.control_aside(peer, &request, ANSWER).await;
                 answer.unwrap_or(false).then_some(*id)
