@@ -3,6 +3,7 @@
 use std::process::{Command, Output, Stdio};
 
 use pingora_slice_tests::cluster::{ADMIN_TOKEN, Ports, binary, ca, issue_certificate};
+use pingora_slice_tests::relay::Link;
 use pingora_slice_tests::{Ask, MIB, Options, TestCluster};
 
 /// Promise P6, for each node in turn: the downloader's own node is the one that lives.
@@ -38,6 +39,30 @@ async fn a_download_survives_the_death_of_any_other_node() {
         node.until("its return is logged", async || node.log().contains(&back))
             .await;
     }
+}
+
+/// A leader that reaches one of four others leads nobody, and must not keep that
+/// one from voting: with it the two whom it does not reach are a majority.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_without_a_quorum_does_not_keep_others_from_electing() {
+    let mut cluster = Options::cluster(5).relayed().start().await;
+    let (_, status) = cluster.node(1).admin("GET", "/v1/cluster", None).await;
+    let nodes = status["nodes"].as_array().unwrap();
+    let leader = nodes.iter().find(|node| node["leader"] == true).unwrap();
+    let leader = leader["id"].as_u64().unwrap();
+    let others: Vec<u64> = (1..=5).filter(|id| *id != leader).collect();
+    let (away, cut) = (others[1], [others[2], others[3]]);
+    cluster.node_mut(away).kill();
+    let links = cluster.links();
+    let between = |a, b| a == leader && cut.contains(&b);
+    links.set_where(Link::CUT, |from, to| between(from, to) || between(to, from));
+    let node = cluster.node(cut[0]);
+    node.until("a purge is answered", async || {
+        node.purge_with("/film", &[]).await.status == 200
+    })
+    .await;
+    links.heal();
+    cluster.node(leader).purge("/film").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -474,6 +474,7 @@ impl Shared {
             views.borrow_and_update();
             let metrics = self.raft.metrics().borrow().clone();
             if metrics.state.is_leader()
+                && !self.is_deserted()
                 && let Err(reason) = self.arrange(&metrics).await
             {
                 tracing::debug!(reason, "members will be arranged later");

@@ -339,12 +339,16 @@ impl Shared {
             let round = *rounds.borrow_and_update();
             // Confirms that a quorum still follows; the position it returns is
             // of the term in which it did, as this leader has written in it.
-            let input = match self.raft.get_read_log_id().await {
-                Ok((Some(read), _)) => Input::RoundConfirmed {
+            let read = match self.is_deserted() {
+                true => None,
+                false => self.raft.get_read_log_id().await.ok(),
+            };
+            let input = match read {
+                Some((Some(read), _)) => Input::RoundConfirmed {
                     round,
                     term: read.leader_id.term,
                 },
-                Ok((None, _)) | Err(_) => Input::RoundFailed { round },
+                Some((None, _)) | None => Input::RoundFailed { round },
             };
             self.leases.step(&mut self.leases.desk(), input);
         }

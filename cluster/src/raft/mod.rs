@@ -20,6 +20,7 @@ mod prevote;
 pub(crate) mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -107,6 +108,8 @@ pub(crate) struct Shared {
     led: Shares,
     /// Held while a node is removed: whether it may be depends on who else goes.
     removing: tokio::sync::Mutex<()>,
+    /// See [`Shared::is_deserted`].
+    deserted: AtomicBool,
     /// Nodes that may send Raft's calls before the log says who is a member.
     trusted: Mutex<BTreeSet<NodeId>>,
     /// Founders of a new cluster, once all have been seen.
@@ -176,6 +179,7 @@ impl Node {
             leader_heard: LeaderHeard::default(),
             led: Shares::default(),
             removing: tokio::sync::Mutex::default(),
+            deserted: AtomicBool::new(false),
             trusted: Mutex::default(),
             founders: Mutex::default(),
             unanswered: Mutex::default(),
@@ -416,6 +420,9 @@ impl Shared {
     /// Carries out `task` as the leader.
     async fn lead(&self, task: Task, left: Duration) -> Led {
         let deadline = Instant::now() + left;
+        if self.is_deserted() {
+            return Led::Unknown("there is no quorum".into());
+        }
         let _removing = match &task {
             Task::Propose(Command::NodeLeave(id)) => {
                 let removing = self.removing.lock().await;

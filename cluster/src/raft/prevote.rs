@@ -4,8 +4,14 @@
 //! election in ever higher terms, and so deposes a leader that everybody else
 //! hears. Here a node stands only while a majority would vote for it: while
 //! they hear no leader either, and its log is as long as theirs.
+//!
+//! Nor does openraft's leader step down when no quorum answers it any more.
+//! Those whom it still reaches would go on following it, and vote for nobody
+//! whom a quorum would follow: it keeps still until a quorum answers again, or
+//! it hears of a later leader.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +25,8 @@ use super::network::{Call, Request};
 use super::{ELECTION_MAX, ELECTION_MIN, HEARTBEAT, Shared};
 use crate::NodeId;
 
+/// A leader that has had no answer of a quorum for this long looks who is there.
+const UNHEARD: Duration = ELECTION_MAX.saturating_mul(2);
 /// How long a voter may take to say whether it would vote.
 const ANSWER: Duration = Duration::from_millis(300);
 
@@ -51,7 +59,9 @@ pub(super) fn is_majority(voters: &[BTreeSet<u64>], willing: &BTreeSet<u64>) -> 
 impl Shared {
     /// Lets this node stand for election while a majority would vote for it.
     pub(super) async fn pre_vote(self: Arc<Self>) {
+        let mut leads_since = None;
         loop {
+            self.keep_still_without_quorum(&mut leads_since).await;
             let silent_for = self.leader_heard.ago();
             let is_silent = silent_for >= ELECTION_MIN && !self.is_leader();
             let may_stand = is_silent && self.would_win().await;
@@ -59,6 +69,35 @@ impl Shared {
             let pause = ELECTION_MIN.saturating_sub(silent_for).max(HEARTBEAT);
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// Has this node, if it leads, say nothing to anybody while no quorum answers
+    /// it: no heartbeat, no read round, no entry.
+    async fn keep_still_without_quorum(&self, leads_since: &mut Option<Instant>) {
+        if !self.is_leader() {
+            *leads_since = None;
+        }
+        let leads_for = match self.is_leader() {
+            true => leads_since.get_or_insert_with(Instant::now).elapsed(),
+            false => Duration::ZERO,
+        };
+        let answered = self.raft.metrics().borrow().millis_since_quorum_ack;
+        let unheard = answered.map_or(leads_for, |ms| leads_for.min(Duration::from_millis(ms)));
+        let mut deserted = unheard >= UNHEARD;
+        if deserted {
+            let voters = self.voting();
+            let all = voters.iter().flatten().copied().collect();
+            deserted = !is_majority(&voters, &self.answering(all).await);
+        }
+        if self.deserted.swap(deserted, Ordering::Relaxed) != deserted {
+            tracing::info!(deserted, "a leader keeps still while no quorum answers it");
+        }
+        self.raft.runtime_config().heartbeat(!deserted);
+    }
+
+    /// Whether this node leads, and no quorum answers it.
+    pub(super) fn is_deserted(&self) -> bool {
+        self.deserted.load(Ordering::Relaxed)
     }
 
     /// Whose votes count: two sets while they are being changed.
