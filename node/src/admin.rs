@@ -51,6 +51,10 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests served at once at one address; with [`api::REQUEST_BYTES_MAX`] each
 /// that is 128 MiB at worst, and only from those who have the token.
 const REQUESTS_MAX: usize = 32;
+/// Of these, calls that warm: each may take as long as the origin does for its
+/// URLs, and purges must find room beside them.
+const WARMS_MAX: usize = 8;
+const _: () = assert!(WARMS_MAX < REQUESTS_MAX);
 /// Time between two samples of the status page's history.
 const SAMPLE_EVERY: Duration = Duration::from_secs(5);
 /// Samples kept: one hour.
@@ -76,6 +80,8 @@ pub struct Admin {
     metrics: Arc<Metrics>,
     purger: Arc<Purger>,
     history: Mutex<VecDeque<Sample>>,
+    /// See [`WARMS_MAX`].
+    warms: Semaphore,
 }
 
 impl Admin {
@@ -92,6 +98,7 @@ impl Admin {
             metrics,
             purger,
             history: Mutex::default(),
+            warms: Semaphore::new(WARMS_MAX),
         })
     }
 
@@ -308,6 +315,9 @@ impl Admin {
     }
 
     async fn warm(&self, warm: api::Warm) -> Reply {
+        let Ok(_permit) = self.warms.try_acquire() else {
+            return busy("too many calls warm at once");
+        };
         if !(1..=api::WARM_URLS_MAX).contains(&warm.urls.len()) {
             let max = api::WARM_URLS_MAX;
             return Reply::failure(StatusCode::BAD_REQUEST, format!("urls: 1 to {max}"));
@@ -355,6 +365,10 @@ impl Admin {
     }
 }
 
+fn busy(why: &'static str) -> Reply {
+    Reply::failure(StatusCode::SERVICE_UNAVAILABLE, why).with(header::RETRY_AFTER, "1")
+}
+
 /// Which of the two addresses.
 enum Face {
     Metrics,
@@ -379,8 +393,7 @@ impl HttpApp {
 
     async fn reply(&self, session: &mut ServerSession) -> Reply {
         let Ok(_permit) = self.permits.try_acquire() else {
-            return Reply::failure(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once")
-                .with(header::RETRY_AFTER, "1");
+            return busy("too many requests at once");
         };
         let head = session.req_header();
         match &self.face {
@@ -633,6 +646,8 @@ mod tests {
     use super::*;
     use crate::config::PurgeConfig;
     use crate::l2::L2Stats;
+    use futures::StreamExt as _;
+    use futures::stream::FuturesUnordered;
     use pingora_core::apps::ServerApp;
     use pingora_core::protocols::l4::stream::Stream;
     use pingora_slice_client::{Client, ClientError};
@@ -642,6 +657,9 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
     use tokio::sync::watch;
+
+    /// Warming this never ends.
+    const ENDLESS: &str = "a/endless";
 
     /// An engine that repeats what it was asked.
     struct Echo;
@@ -656,6 +674,9 @@ mod tests {
         }
 
         async fn warm(&self, urls: Vec<String>) -> api::Warmed {
+            if urls.contains(&ENDLESS.to_owned()) {
+                std::future::pending::<()>().await;
+            }
             let urls = urls.into_iter().map(|url| api::WarmedUrl {
                 url,
                 success: true,
@@ -839,6 +860,24 @@ mod tests {
             let failure: api::Failure = serde_json::from_str(&answer).unwrap();
             assert!(!failure.error.is_empty());
         }
+    }
+
+    /// However many calls warm, and for however long.
+    #[tokio::test]
+    async fn who_warms_leaves_room_for_purges() {
+        let address = served(&admin(), Face::Api(Secret::new("t"))).await;
+        let warm = |_| async move {
+            let body = format!("{{\"urls\":[\"{ENDLESS}\"]}}");
+            call(address, "POST /v1/warm", "Bearer t", &body).await.0
+        };
+        let mut calls: FuturesUnordered<_> = (0..REQUESTS_MAX).map(warm).collect();
+        for _ in WARMS_MAX..REQUESTS_MAX {
+            let refused = timeout(BODY_TIMEOUT, calls.next()).await;
+            assert_eq!(refused.expect("it holds a place"), Some(503));
+        }
+        let purge = "{\"urls\":[\"a/x\"]}";
+        let (status, answer) = call(address, "POST /v1/purge", "Bearer t", purge).await;
+        assert_eq!(status, 200, "{answer}");
     }
 
     #[tokio::test]
