@@ -835,7 +835,7 @@ mod tests {
             mode: PurgeMode::Plain,
         };
         let big = Command::Purge {
-            items: vec![item.clone(); 60_000],
+            items: vec![item; 60_000],
             token: 1,
         };
         let rows: Vec<_> = (1..5)

@@ -243,6 +243,7 @@ async fn what_is_kept_of_a_region_is_there_while_it_is_moved() {
     let config = L2Config {
         dir: dir.path().to_owned(),
         bytes_max: 64 * MIB,
+        life: Life::Alone,
     };
     let l2 = Store::open(config, in_memory).unwrap();
     assert!(store.set(l2.clone()).is_ok());
@@ -264,6 +265,7 @@ async fn a_large_slice_finds_room_beside_what_stays() {
     let config = L2Config {
         dir: dir.path().to_owned(),
         bytes_max: 64 * MIB,
+        life: Life::Alone,
     };
     let l2 = Store::open(config, in_memory).unwrap();
     for n in 0..60 {
@@ -570,6 +572,7 @@ async fn an_index_that_cannot_be_opened_now_is_waited_for() {
     let config = L2Config {
         dir: dir.path().to_owned(),
         bytes_max: 32 * MIB,
+        life: Life::Alone,
     };
     let opened = Store::open(config, InMemory::default());
     assert!(matches!(opened, Err(L2Error::Disk { .. })));
