@@ -324,13 +324,14 @@ impl Writer {
         };
         let before = regions.generation(region);
         let generation = shared.next_generation();
-        // From the commit on the old rows are dead, also after a crash.
+        let own = file.try_clone()?;
+        // From the commit on the old rows are dead after a crash.
         self.index.put_region(region, generation)?;
         regions.start_over(region, generation);
         self.head = Some(Head {
             region,
             generation,
-            file: file.try_clone()?,
+            file: own,
             at: 0,
             region_bytes: regions.region_bytes(),
         });
