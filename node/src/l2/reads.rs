@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 /// Reads at a time, those that hang included.
@@ -38,6 +40,36 @@ struct Hanging {
     /// Until when none is begun while one hangs.
     until: Mutex<Option<Instant>>,
     given_up: AtomicU64,
+}
+
+/// Whoever waits for a read. One who leaves before its time has it watched until
+/// then: a disk that hangs is seen all the same.
+struct Asker<'a, T: Send + 'static> {
+    reads: &'a Reads,
+    /// `None` once it has come back, or has been given up.
+    reading: Option<JoinHandle<Option<T>>>,
+    one_has_left: Arc<Mutex<bool>>,
+    until: Instant,
+}
+
+impl<T: Send + 'static> Drop for Asker<'_, T> {
+    fn drop(&mut self) {
+        let Some(reading) = self.reading.take() else {
+            return;
+        };
+        let (reads, until) = (self.reads.clone(), self.until);
+        let one_has_left = self.one_has_left.clone();
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                if tokio::time::timeout_at(until.into(), reading)
+                    .await
+                    .is_err()
+                {
+                    reads.hung(&one_has_left);
+                }
+            });
+        }
+    }
 }
 
 /// How a read is begun.
@@ -127,26 +159,33 @@ impl Reads {
                 found
             }
         });
-        // Whoever asked may leave before: a read that hangs is seen all the same.
-        let reads = self.clone();
-        let waiting = tokio::spawn(async move {
-            match tokio::time::timeout(reads.within, reading).await {
-                Ok(found) => found.ok()?,
-                Err(_) => {
-                    let mut one_has_left =
-                        one_has_left.lock().unwrap_or_else(PoisonError::into_inner);
-                    if !*one_has_left {
-                        *one_has_left = true;
-                        if reads.shared.count.fetch_add(1, Ordering::AcqRel) == 0 {
-                            warn!("a read from disk hangs: the disk store is not read for a while");
-                        }
-                    }
-                    reads.give_up();
-                    None
-                }
+        let mut asker = Asker {
+            reads: self,
+            reading: Some(reading),
+            one_has_left,
+            until: Instant::now() + self.within,
+        };
+        let found = tokio::time::timeout_at(asker.until.into(), asker.reading.as_mut()?).await;
+        asker.reading = None;
+        match found {
+            Ok(found) => found.ok()?,
+            Err(_) => {
+                self.hung(&asker.one_has_left);
+                None
             }
-        });
-        waiting.await.ok()?
+        }
+    }
+
+    /// A read took too long.
+    fn hung(&self, one_has_left: &Mutex<bool>) {
+        let mut one_has_left = one_has_left.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*one_has_left {
+            *one_has_left = true;
+            if self.shared.count.fetch_add(1, Ordering::AcqRel) == 0 {
+                warn!("a read from disk hangs: the disk store is not read for a while");
+            }
+        }
+        self.give_up();
     }
 
     /// Whether the disk hangs: what is there cannot be told.
