@@ -25,6 +25,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::Notify;
 
 const SOON: Duration = Duration::from_secs(5);
+/// Longer than a connection lives from which nothing comes.
+const PAUSE: Duration = Duration::from_secs(12);
 
 /// An authority in a directory of its own, removed at the end.
 struct Authority(PathBuf);
@@ -66,6 +68,7 @@ mod behaviour {
     pub const NEVER_ENDS: u32 = 4;
     pub const PAST_END: u32 = 5;
     pub const PANICS: u32 = 6;
+    pub const PAUSES: u32 = 7;
 }
 
 /// Answers by [`behaviour`]; control requests are numbers, and so are answers.
@@ -147,6 +150,11 @@ impl PeerHandler for Scripted {
                     let _ = &told;
                 });
                 stream::iter(parts(length)).chain(rest).boxed()
+            }
+            behaviour::PAUSES => {
+                let later = stream::once(tokio::time::sleep(PAUSE))
+                    .map(|()| Ok(Part::new(Bytes::from("more"))));
+                stream::iter(parts(length)).chain(later).boxed()
             }
             behaviour::PANICS => stream::iter(parts(length))
                 .chain(stream::once(async { panic!("a bug in the engine") }))
@@ -391,6 +399,32 @@ async fn slowness_is_not_death() {
         more.is_err(),
         "the body that is under way has not been broken"
     );
+}
+
+/// What a body is read from may pause for as long as an origin may (30 s by
+/// default); a peer that has vanished breaks it off nevertheless.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_pauses_while_its_peer_lives_and_no_longer() {
+    let authority = Authority::new();
+    let (asker, _owner, _) = pair(&authority);
+    let far = Node::start(3, &authority.issue(3), &Scripted::with_members(&[1]));
+    let mut cable = Cable::to(far.address, usize::MAX).await;
+    asker
+        .peers
+        .set_address(NodeId(3), &cable.address.to_string());
+    let (_, paused) = asker.ask(2, &ask(behaviour::PAUSES, 10)).await.unwrap();
+    let (_, lost) = asker.ask(3, &ask(behaviour::NEVER_ENDS, 10)).await.unwrap();
+    let mut lost = lost.unwrap();
+    lost.next().await.unwrap().unwrap();
+    cable.cut.store(true, Ordering::SeqCst);
+    let (paused, lost) = tokio::time::timeout(2 * PAUSE, async {
+        tokio::join!(collect(paused.unwrap()), lost.next())
+    })
+    .await
+    .expect("both end");
+    assert_eq!(paused.unwrap(), [&pattern(10)[..], b"more"].concat());
+    assert!(matches!(lost, Some(Err(_))), "{lost:?}");
+    cable.tasks.shutdown().await;
 }
 
 /// A peer all of whose seats are taken by requests that wait answers one ping,

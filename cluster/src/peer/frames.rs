@@ -9,7 +9,7 @@ use quinn::{
 use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
-use super::{BODY_READ_TIMEOUT, BODY_WRITE_TIMEOUT, Body, BodyBroken};
+use super::{BODY_WRITE_TIMEOUT, Body, BodyBroken};
 use crate::wire::{self, Answer, BODY_END, FrameError, HEAD_PREFIX_BYTES, PART_BYTES_MAX, Part};
 
 /// Memory set aside for a frame before its bytes have come.
@@ -227,20 +227,21 @@ pub(super) fn has_body(answer: &Answer) -> bool {
 
 /// The rest of a stream as a body: each part verified, the end too. `held` is
 /// kept until the body has ended or is dropped, which tells the owner to stop.
+/// It may pause for as long as what the owner reads it from: how long that is,
+/// the owner judges. A peer that has vanished ends its connection, and so this.
 pub(super) fn read_body<T: Send + 'static>(recv: RecvStream, held: T) -> Body {
     Box::pin(stream::try_unfold(
         (recv, held),
         |(mut recv, held)| async move {
-            match timeout(BODY_READ_TIMEOUT, read_part(&mut recv)).await {
-                Ok(Ok(Some(part))) => Ok(Some((part, (recv, held)))),
-                Ok(Ok(None)) => {
+            match read_part(&mut recv).await {
+                Ok(Some(part)) => Ok(Some((part, (recv, held)))),
+                Ok(None) => {
                     // The stream's end came with the body's; once read, dropping the
                     // stream need not tell the owner to stop.
                     let _ = recv.read_chunk(1, true).now_or_never();
                     Ok(None)
                 }
-                Ok(Err(e)) => Err(BodyBroken(e.to_string())),
-                Err(_) => Err(BodyBroken(Broken::TooSlow.to_string())),
+                Err(e) => Err(BodyBroken(e.to_string())),
             }
         },
     ))

@@ -64,8 +64,6 @@ pub const CONTROL_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// The same from those who are not members: a greeting, many times over.
 pub const GREETING_BYTES_MAX: usize = 64 * 1024;
 
-/// A part of a body that does not come within this time breaks the body.
-const BODY_READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// An asker that takes nothing for this long loses the body.
 const BODY_WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -108,7 +106,8 @@ const PAYLOAD_BYTES_MAX: u16 = 6500;
 const CONTROL_PAYLOAD_BYTES_MAX: u16 = 1452;
 /// Asked of the kernel for each socket, which may give less.
 const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
-/// A connection from which nothing has come for this long is gone.
+/// A connection from which nothing has come for this long is gone, and with it the
+/// bodies on it.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection with nothing to say says so this often.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
