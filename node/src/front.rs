@@ -172,28 +172,28 @@ impl Front {
         }
     }
 
+    /// Whether a request has passed this cluster before (RFC 8586).
+    fn has_passed_here(&self, head: &RequestHeader) -> bool {
+        let Some(id) = self.loop_id() else {
+            return false;
+        };
+        let lists = head.headers.get_all("cdn-loop").iter();
+        let mut passed = lists
+            .filter_map(|list| list.to_str().ok())
+            .flat_map(|list| list.split(','))
+            .filter_map(|cdn| cdn.split(';').next());
+        passed.any(|name| name.trim() == &**id)
+    }
+
     /// Reads a request.
     fn request(&self, head: &RequestHeader, fields: &Arc<HeaderMap>) -> Disposition {
         let Some(url) = self.engine.naming().of_request(head) else {
             return Disposition::Refuse(400, "malformed");
         };
-        let loop_id = self.loop_id();
-        let seen = |id: &Arc<str>| {
-            head.headers
-                .get_all("cdn-loop")
-                .iter()
-                .filter_map(|v| v.to_str().ok())
-                .any(|list| {
-                    list.split(',').any(|cdn| {
-                        cdn.split(';')
-                            .next()
-                            .is_some_and(|name| name.trim() == &**id)
-                    })
-                })
-        };
-        if loop_id.is_some_and(seen) {
+        if self.has_passed_here(head) {
             return Disposition::Refuse(508, "loop");
         }
+        let loop_id = self.loop_id();
         let Some(hash_key) = self.engine.cluster().view().hash_key else {
             return Disposition::Pass("not-ready");
         };
@@ -1062,6 +1062,10 @@ impl ProxyHttp for Front {
                     self.refuse(session, ctx, 400, "malformed").await?;
                     return Ok(true);
                 };
+                if self.has_passed_here(session.req_header()) {
+                    self.refuse(session, ctx, 508, "loop").await?;
+                    return Ok(true);
+                }
                 if !matches!(method, "OPTIONS" | "TRACE") {
                     ctx.may_change = Some(url);
                 } else if max_forwards(session.req_header()) == Some(0) {

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use futures::future::join_all;
 use pingora_slice_tests::http::Reply;
+use pingora_slice_tests::origin::Seen;
 use pingora_slice_tests::quick::Quick;
 use pingora_slice_tests::{Ask, Film, Options, SLICE_BYTES, TestCluster, Validators};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -499,7 +500,15 @@ async fn a_request_that_has_passed_this_cluster_before() {
         assert_eq!(reply.status, status, "{passed}");
         let is_a_loop = reply.header("cache-status").ends_with("; detail=loop");
         assert_eq!(is_a_loop, status == 508, "{passed}");
+        // Whatever the method: what is proxied goes round as well.
+        for method in ["POST", "DELETE", "OPTIONS"] {
+            let ask = Ask::new(method, "/film").header("CDN-Loop", &passed);
+            let reply = cluster.node(1).ask(ask).await;
+            assert_eq!(reply.status, status, "{method}, {passed}");
+        }
     }
+    let posts = |seen: &[Seen]| seen.iter().filter(|seen| seen.method == "POST").count();
+    assert_eq!(posts(&film.seen()), 2, "no loop reaches the origin");
 }
 
 /// A range or a condition on what is not kept is the origin's to judge; on what
