@@ -37,7 +37,7 @@ use crate::freshness::{Demands, NotStored, unix_ms};
 use crate::log_limit::Paced;
 use crate::manifest::Manifest;
 use crate::metrics::Metrics;
-use crate::origin::is_coded;
+use crate::origin::{DIGESTS, is_coded};
 use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces};
 use crate::plan::{self, Plan};
@@ -540,6 +540,9 @@ impl Front {
         }
         if plan != Plan::Whole {
             head.remove_header(&header::CONTENT_RANGE);
+            for name in DIGESTS {
+                head.remove_header(name);
+            }
         }
         let mut pieces = Vec::new();
         match plan {

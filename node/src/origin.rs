@@ -39,6 +39,10 @@ const INFORMATIONAL_MAX: usize = 1000;
 /// Bytes of their fields that are passed on: what is beyond is dropped.
 const INFORMATIONAL_BYTES_MAX: usize = 16 * 1024;
 
+/// Fields with a digest of one message's content: of a range where that is what it
+/// carries (RFC 9530 section 2, RFC 2616 section 14.15).
+pub const DIGESTS: [&str; 2] = ["content-digest", "content-md5"];
+
 /// Why the origin gave no answer.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum OriginError {
@@ -472,6 +476,9 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
 pub fn strip_framing(headers: &mut HeaderMap) {
     headers.remove(CONTENT_LENGTH);
     headers.remove(CONTENT_RANGE);
+    for name in DIGESTS {
+        headers.remove(name);
+    }
 }
 
 /// A Content-Range of RFC 9110 section 14.4, read strictly.

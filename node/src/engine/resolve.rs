@@ -824,7 +824,7 @@ fn is_of_another(held: &Version, answer: &OriginAnswer) -> bool {
 pub(super) fn update(stored: &mut HeaderMap, fresh: &HeaderMap) {
     const KEPT: [&str; 3] = ["content-encoding", "content-range", "content-length"];
     for name in fresh.keys() {
-        if KEPT.contains(&name.as_str()) {
+        if KEPT.contains(&name.as_str()) || origin::DIGESTS.contains(&name.as_str()) {
             continue;
         }
         stored.remove(name);

@@ -36,6 +36,7 @@ use super::{Disposition, Front, patiently, until_total};
 use crate::engine::{Found, Request, Resolved};
 use crate::flight::{FillError, Form, Source};
 use crate::head;
+use crate::origin::DIGESTS;
 use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces, count_slice};
 use crate::plan::{self, Plan};
@@ -437,7 +438,12 @@ fn stored_on_the_wire(mut fields: HeaderMap) -> Option<Bytes> {
     let has_date = fields
         .get(DATE)
         .is_some_and(|date| date.len() == DATE_BYTES);
-    if !has_date || fields.contains_key(CONTENT_RANGE) || fields.contains_key(TRANSFER_ENCODING) {
+    let has_digest = DIGESTS.iter().any(|name| fields.contains_key(*name));
+    if !has_date
+        || has_digest
+        || fields.contains_key(CONTENT_RANGE)
+        || fields.contains_key(TRANSFER_ENCODING)
+    {
         return None;
     }
     for name in [ACCEPT_RANGES, AGE, CONTENT_LENGTH] {
