@@ -87,7 +87,7 @@ impl Sum {
 /// Permission to hold memory; released with the last clone.
 #[derive(Clone, Debug)]
 pub struct Permit {
-    _permit: Arc<OwnedSemaphorePermit>,
+    permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// See the module's text. Cheap to clone.
@@ -189,8 +189,18 @@ impl Budget {
 impl Permit {
     fn of(permit: OwnedSemaphorePermit) -> Permit {
         Permit {
-            _permit: Arc::new(permit),
+            permit: Arc::new(permit),
         }
+    }
+
+    /// Gives back what is beyond this many bytes, a connection's included. Not where
+    /// others hold clones: they may hold more.
+    pub fn shrink(&mut self, bytes: u64) {
+        let Some(permit) = Arc::get_mut(&mut self.permit) else {
+            return;
+        };
+        let left = permit.num_permits().min(units(bytes) as usize);
+        drop(permit.split(permit.num_permits() - left));
     }
 }
 
@@ -288,6 +298,22 @@ mod tests {
         let all = budget.transfer(u64::MAX / 2).await.unwrap();
         assert_eq!(budget.taken().1, budget.sum().transfers);
         drop(all);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_did_not_come_is_given_back() {
+        let budget = budget(2 * (SLICE + TRANSFER_BYTES));
+        let mut permit = budget.transfer(SLICE).await.unwrap();
+        let shared = permit.clone();
+        permit.shrink(1);
+        assert_eq!(budget.taken().1, SLICE + TRANSFER_BYTES, "it is another's");
+        drop(shared);
+        permit.shrink(2 * SLICE);
+        assert_eq!(budget.taken().1, SLICE + TRANSFER_BYTES);
+        permit.shrink(1025);
+        assert_eq!(budget.taken().1, 2048);
+        drop(permit);
+        assert_eq!(budget.taken().1, 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -316,6 +316,16 @@ impl Flight {
         self.news.send_replace(());
     }
 
+    /// Gives back what its permit is for beyond what has landed: no more will, and
+    /// no connection is held for it.
+    pub fn shrink(&self) {
+        let mut landed = self.landed();
+        let bytes = landed.bytes.into();
+        if let Some(permit) = &mut landed.permit {
+            permit.shrink(bytes);
+        }
+    }
+
     /// Bytes landed so far, counted from the start of `range`.
     pub fn bytes(&self) -> u32 {
         self.landed().bytes

@@ -4,7 +4,9 @@
 use std::time::{Duration, Instant};
 
 use futures::stream::{self, StreamExt};
-use pingora_slice_tests::{Ask, Fault, Film, MIB, Node, Options, SLICE_BYTES, TestCluster};
+use pingora_slice_tests::{
+    Ask, Fault, Film, MIB, Node, Options, SLICE_BYTES, TestCluster, Validators,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
@@ -365,6 +367,25 @@ async fn a_body_without_a_length_goes_on_after_a_stall() {
     for reading in reading {
         assert_eq!(reading.await.unwrap().unwrap().status, 200);
     }
+}
+
+/// A body that cannot be asked for again stays for those who come close behind; a
+/// small one does not keep the room of a whole slice for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn small_bodies_without_a_length_hold_no_more_than_they_are() {
+    let cluster = Options::alone().set("enable_l2_cache", false).start().await;
+    let node = cluster.node(1);
+    for n in 0..8 {
+        let film = cluster.origin.publish(&format!("/film{n}"), 1000);
+        film.validators(Validators::Nothing).always(Fault::NoLength);
+        assert_eq!(node.get(film.path()).await.body, film.content().all());
+    }
+    let taken = async || part(node, "memory_taken_bytes", "transfers").await;
+    node.until("they give back what they do not need", async || {
+        taken().await < SLICE_BYTES
+    })
+    .await;
+    assert!(taken().await > 0, "they are held no more");
 }
 
 /// What bodies hold for clients that stall is there for those who wait.

@@ -286,6 +286,9 @@ impl Engine {
         }
         // Past the end of a body that ended well: no bytes, no error.
         self.end(&whole, outcome);
+        for flight in &whole.lock().held {
+            flight.shrink();
+        }
         self.let_go_of_stored(&whole).await;
         let read = whole.until_read(!fill.version.is_resumable());
         self.shedding(&fill, &whole, read).await;
