@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pingora_slice_tests::{Fault, Film, MIB, Options, SLICE_BYTES, TestCluster};
+use pingora_slice_tests::{Ask, Fault, Film, MIB, Options, SLICE_BYTES, TestCluster, Validators};
 
 /// Everything is on this node's disk, as far as it says.
 async fn until_on_disk(cluster: &TestCluster, film: &Film) {
@@ -197,10 +197,10 @@ async fn slices_on_disk_are_given_from_there_and_fetched_again_when_damaged() {
 }
 
 /// A node that has a film on disk, its first slice damaged, of an origin without ranges.
-async fn with_a_damaged_first_slice() -> (TestCluster, Film) {
+async fn with_a_damaged_first_slice(validators: Validators) -> (TestCluster, Film) {
     let mut cluster = TestCluster::alone().await;
     let film = cluster.origin.publish("/film", 8 * MIB);
-    film.always(Fault::IgnoreRange);
+    film.validators(validators).always(Fault::IgnoreRange);
     cluster.node(1).read(&film).await;
     until_on_disk(&cluster, &film).await;
     cluster.node_mut(1).terminate().await;
@@ -212,7 +212,7 @@ async fn with_a_damaged_first_slice() -> (TestCluster, Film) {
 /// A body that brings something else holds up nobody who wants what is here.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_on_disk_does_not_wait_for_a_body_under_way() {
-    let (cluster, film) = with_a_damaged_first_slice().await;
+    let (cluster, film) = with_a_damaged_first_slice(Validators::Strong).await;
     film.behave().always(Fault::StallAfter(1000));
     let node = cluster.node(1);
     let stalled = node.read_range(&film, 0, MIB);
@@ -230,7 +230,7 @@ async fn what_is_on_disk_does_not_wait_for_a_body_under_way() {
 /// Nor does a body that has come to what is here, for a slice before it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_begun_for_a_damaged_slice_holds_up_nobody_after_it() {
-    let (cluster, film) = with_a_damaged_first_slice().await;
+    let (cluster, film) = with_a_damaged_first_slice(Validators::Strong).await;
     let before = film.fetches();
     let mut gate = film.hold_at(SLICE_BYTES + 1000);
     let node = cluster.node(1);
@@ -241,6 +241,24 @@ async fn a_body_begun_for_a_damaged_slice_holds_up_nobody_after_it() {
         .await
         .unwrap();
     assert_eq!(film.fetches() - before, 1);
+}
+
+/// What came as it is, though the origin would have encoded it for this client, is
+/// asked for as it is again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_begun_for_a_damaged_slice_is_of_the_same_bytes() {
+    let (cluster, film) = with_a_damaged_first_slice(Validators::Strong).await;
+    film.behave()
+        .always(Fault::GzipWhereTaken)
+        .always(Fault::IgnoreRange);
+    let (node, before) = (cluster.node(1), film.fetches());
+    let purges = node.metric("purge_index").await;
+    let ask = Ask::get("/film").header("Accept-Encoding", "gzip");
+    let reply = node.ask(ask).await;
+    assert_eq!(reply.header("content-encoding"), "");
+    assert!(reply.body == film.content().all());
+    assert_eq!(film.fetches() - before, 1);
+    assert_eq!(node.metric("purge_index").await, purges);
 }
 
 /// Flips one bit of the first slice that was written.

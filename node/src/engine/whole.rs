@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
-use http::header::CONTENT_ENCODING;
+use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
 use pingora_slice_cluster::slice::{slice_range, touched};
 use pingora_slice_cluster::wire::{OriginRequest, Part};
 use pingora_slice_cluster::{Generation, ObjectKey, SliceId};
@@ -491,14 +491,18 @@ impl Engine {
             .length
             .filter(|_| may_resume)
             .map(|end| at..end);
+        let mut fields = Vec::new();
+        if range.is_some() {
+            fields = if_range(&fill.version);
+        } else if manifest.is_some() && encoding.is_none() {
+            // As it came: under a tag of its own, what a client takes is of other bytes.
+            fields.push((ACCEPT_ENCODING, "identity".to_owned()));
+        }
         let ask = OriginAsk {
             head: false,
-            fields: range
-                .as_ref()
-                .map(|_| if_range(&fill.version))
-                .unwrap_or_default(),
             range,
             open_range: None,
+            fields,
         };
         let answer = self.inner.origin.get(&fill.request, &ask).await?;
         if let (206, Some(range)) = (answer.status, &ask.range) {

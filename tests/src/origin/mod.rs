@@ -110,6 +110,8 @@ pub enum Fault {
     NoLengthEndAfter(u64),
     /// An encoded answer (`Content-Encoding: gzip`), though nobody asked for one.
     Gzip,
+    /// The same to requests that take it alone, as a whole and under a tag of its own.
+    GzipWhereTaken,
     /// This status with a short text.
     Status(u16),
     /// 302 to this location.
@@ -621,12 +623,15 @@ impl Object {
         }
     }
 
-    /// The fault for a request whose first byte is `start`, and which has the
-    /// fields that `has` says; counted off.
-    fn fault(&mut self, start: u64, has: impl Fn(&str) -> bool) -> Option<Fault> {
+    /// The fault for a request whose first byte is `start`, and which has these
+    /// fields; counted off.
+    fn fault<'a>(&mut self, start: u64, field: impl Fn(&str) -> Option<&'a str>) -> Option<Fault> {
         let at = self.faults.iter().position(|scripted| {
             let is_meant = match &scripted.fault {
-                Fault::Refuses(field, _) => has(field),
+                Fault::Refuses(name, _) => field(name).is_some(),
+                Fault::GzipWhereTaken => {
+                    field("accept-encoding").is_some_and(|codings| codings.contains("gzip"))
+                }
                 _ => true,
             };
             is_meant && start >= scripted.from && scripted.times.is_none_or(|times| times > 0)

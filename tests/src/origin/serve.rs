@@ -394,7 +394,7 @@ fn decide(request: &Request, object: Option<&Arc<Mutex<Object>>>) -> Answer {
         Wanted::Part(range) => range.start,
         _ => 0,
     };
-    let fault = object.fault(start, |name| request.header(name).is_some());
+    let fault = object.fault(start, |name| request.header(name));
     let mut answer = model(request, &object, range, fault.as_ref());
     answer.version = object.version;
     if let Some(fault) = fault {
@@ -479,6 +479,7 @@ fn model(request: &Request, object: &Object, range: Wanted, fault: Option<&Fault
             fault,
             Some(
                 Fault::IgnoreRange
+                    | Fault::GzipWhereTaken
                     | Fault::NoLength
                     | Fault::NoLengthCloseAfter(_)
                     | Fault::NoLengthEndAfter(_)
@@ -565,6 +566,10 @@ fn disturb(answer: &mut Answer, fault: Fault, length: u64) {
             range.end += 1;
         }
         Fault::Gzip => answer.header("Content-Encoding", "gzip"),
+        Fault::GzipWhereTaken => {
+            answer.header("Content-Encoding", "gzip");
+            answer.header("ETag", "\"of the encoded\"");
+        }
         Fault::WrongTotal if part => {
             answer.header("Content-Range", content_range(&range, length + 1));
         }
