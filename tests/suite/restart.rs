@@ -261,6 +261,21 @@ async fn a_body_begun_for_a_damaged_slice_is_of_the_same_bytes() {
     assert_eq!(node.metric("purge_index").await, purges);
 }
 
+/// What nothing ties to a later answer is had anew: nobody has seen a change at the
+/// origin, which is asked once, and nothing is purged.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_slice_of_no_version_is_no_change() {
+    let (cluster, film) = with_a_damaged_first_slice(Validators::Nothing).await;
+    let (node, before) = (cluster.node(1), film.fetches());
+    let purges = node.metric("purge_index").await;
+    let reply = node.get("/film").await;
+    assert_eq!(reply.header("x-cache"), "MISS", "nothing was lost");
+    assert!(reply.body == film.content().all());
+    assert_eq!(film.fetches() - before, 1);
+    assert_eq!(node.metric("purge_index").await, purges);
+    assert_eq!(node.metric("failed_subrequests_total").await, 0.0);
+}
+
 /// Flips one bit of the first slice that was written.
 fn spoil_first_slice(dir: &std::path::Path) {
     let regions = files_below(&dir.join("regions"));

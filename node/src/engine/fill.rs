@@ -361,6 +361,9 @@ impl Engine {
             Ok(()) => self.fetch_from_somewhere(&fill, &flight).await,
             Err(error) => Err(error),
         };
+        if result == Err(FillError::Changed) {
+            self.forget_lost(&fill).await;
+        }
         flight.finish(result);
         // The slice is kept before the flight is forgotten: nobody misses
         // both. What came from the origin was kept by the fill below ours.
@@ -546,8 +549,7 @@ impl Engine {
         {
             if manifest.part.is_some() {
                 // The origin chose what to give: it is not asked for the rest.
-                self.announce_and_finish(&fill, &flight, Err(FillError::Changed))
-                    .await;
+                self.lost(&fill, &flight).await;
                 return;
             }
             // The body has ended since the asker heard of it.
@@ -571,10 +573,30 @@ impl Engine {
                 }
             }
         }
-        if fill.version.whole {
+        let is_under_way = self.inner.wholes.get(fill.slice.generation).is_some();
+        if !(fill.version.is_resumable() || is_under_way) {
+            // Nothing would say that what the origin gives now is the same version.
+            self.lost(&fill, &flight).await;
+        } else if fill.version.whole {
             self.fill_by_whole(&fill, &flight, None).await;
         } else {
             self.fill_by_range(&fill, &flight, None).await;
+        }
+    }
+
+    /// Ends the fill of what was here and cannot be had again. To its readers that
+    /// is another version; the origin may have the same.
+    async fn lost(&self, fill: &Fill, flight: &Arc<Flight>) {
+        self.forget_lost(fill).await;
+        self.finish_fill(fill, flight, Err(FillError::Changed));
+    }
+
+    /// Forgets a manifest on this node whose bytes are gone for good.
+    async fn forget_lost(&self, fill: &Fill) {
+        if let Some(manifest) = self.manifest_of(fill).await
+            && (manifest.part.is_some() || !manifest.version.is_resumable())
+        {
+            self.forget_manifest(fill.key, &manifest);
         }
     }
 
