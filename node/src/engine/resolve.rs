@@ -47,10 +47,11 @@ impl Engine {
         flight: &Arc<ManifestFlight>,
     ) -> Outcome {
         let total = self.inner.config.origin_timeouts.total;
+        let stale = || self.stale_on_error(held.as_ref(), request, flight.gone);
         let asking = self.ask_until_answered(request, held.clone(), flight);
         match tokio::time::timeout(total, asking).await {
             Ok(outcome) => outcome,
-            Err(_) => match self.stale_on_error(held.as_ref()) {
+            Err(_) => match stale() {
                 Some(stale) => Outcome::Object(stale, Resolution::Stale),
                 None => {
                     let error = OriginError::TimedOut("no answer in all".into());
@@ -66,6 +67,7 @@ impl Engine {
         held: Option<Arc<Stored>>,
         flight: &Arc<ManifestFlight>,
     ) -> Outcome {
+        let stale = || self.stale_on_error(held.as_ref(), request, flight.gone);
         let mut probe = Probe::of(self, request, held.clone());
         probe.open = self.open_range(request, held.as_ref(), flight.gone).await;
         if self.inner.config.origin_probe == OriginProbe::Head && held.is_none() {
@@ -96,7 +98,7 @@ impl Engine {
                 Ok(mut answer) => {
                     flight.note_informational(std::mem::take(&mut answer.informational));
                     if is_passing_failure(answer.status)
-                        && let Some(stale) = self.stale_on_error(held.as_ref())
+                        && let Some(stale) = stale()
                     {
                         return Outcome::Object(stale, Resolution::Stale);
                     }
@@ -115,7 +117,7 @@ impl Engine {
                 }
                 Err(error) => {
                     tracing::debug!(url = %request.url, %error, "origin request failed");
-                    if let Some(stale) = self.stale_on_error(held.as_ref()) {
+                    if let Some(stale) = stale() {
                         return Outcome::Object(stale, Resolution::Stale);
                     }
                     let reached = !matches!(error, OriginError::Unreachable(_));
@@ -215,14 +217,23 @@ impl Engine {
             || (manifest.version.whole && manifest.generation == exact(&as_it_came()))
     }
 
-    /// `stale-if-error` (RFC 5861 section 4); never past a purge or without a lease.
-    fn stale_on_error(&self, held: Option<&Arc<Stored>>) -> Option<Arc<Stored>> {
+    /// `stale-if-error` (RFC 5861 section 4); never past a purge or without a lease,
+    /// nor what was found to be gone.
+    fn stale_on_error(
+        &self,
+        held: Option<&Arc<Stored>>,
+        request: &Request,
+        gone: Option<Generation>,
+    ) -> Option<Arc<Stored>> {
         let object = held?;
         let manifest = &object.manifest;
         let freshness = &manifest.freshness;
         let staleness = freshness.staleness(unix_ms(SystemTime::now()));
         let usable = self.inner.cluster.may_serve()
             && self.floor(&manifest.subject).allows(manifest.stamp)
+            && gone != Some(manifest.generation)
+            && !self.is_ending(manifest.generation)
+            && holds_what_is_wanted(manifest, request)
             && !freshness.must_revalidate
             && !freshness.no_cache
             && staleness <= freshness.stale_if_error
