@@ -256,7 +256,10 @@ impl Engine {
         }
         match answer.status {
             304 => match confirm {
-                Some(object) if is_of_another(&object.manifest.version, &answer) => {
+                Some(object)
+                    if is_of_another(&object.manifest.version, &answer)
+                        || varies_by_more(&object.manifest, &answer) =>
+                {
                     probe.may_confirm = false;
                     Act::AskOtherwise
                 }
@@ -828,6 +831,18 @@ fn is_of_another(held: &Version, answer: &OriginAnswer) -> bool {
         }
         (Some(_), None) => false,
     }
+}
+
+/// Whether a 304 names request fields that what is held was not chosen by: what it
+/// confirms for this request need not be what others get. `*` forbids keeping it.
+fn varies_by_more(held: &Manifest, answer: &OriginAnswer) -> bool {
+    let by = held.varies_by();
+    let names = freshness::vary(&answer.headers).unwrap_or_default();
+    // As in `manifest`: slices are asked for as they are.
+    let is_not_told = |name: &String| *name == ACCEPT_ENCODING.as_str() && !held.version.whole;
+    names
+        .iter()
+        .any(|name| !by.contains(name) && !is_not_told(name))
 }
 
 /// RFC 9111 section 3.2: the 304's fields replace the stored ones, except those
