@@ -206,6 +206,8 @@ pub enum Answer {
         manifest: Vec<u8>,
         /// Where it came from.
         resolution: Resolution,
+        /// It is not for this asker alone, who may keep it.
+        kept: bool,
         /// This asker waited on another's fill.
         collapsed: bool,
         /// What the origin said before its answer to this asker.

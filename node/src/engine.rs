@@ -159,6 +159,8 @@ pub enum Failure {
     BrokeOff,
     /// The origin was too slow.
     TimedOut,
+    /// The origin answers with an error, to somebody who asked at the same time.
+    Fails,
     /// The object's owner found the origin too slow.
     Silent,
     /// No answer of the origin fitted what was asked.
@@ -178,6 +180,7 @@ impl Failure {
             Failure::Unreachable => "origin-unreachable",
             Failure::BrokeOff => "origin-broke-off",
             Failure::TimedOut => "origin-timed-out",
+            Failure::Fails => "origin-fails",
             Failure::Silent => "origin-silent",
             Failure::Disagrees => "origin-disagrees",
             Failure::Fenced => "fenced",
@@ -194,6 +197,8 @@ pub struct Found {
     pub object: Arc<Stored>,
     /// How it was obtained.
     pub resolution: Resolution,
+    /// It is not for this request alone: a 304 may bring what may not be kept.
+    pub kept: bool,
     /// The request waited on another's fill.
     pub collapsed: bool,
     /// Why it went beyond this node, where it did.
@@ -216,6 +221,7 @@ impl Found {
         Found {
             object,
             resolution,
+            kept: true,
             collapsed: false,
             forwarded: Forwarded::default(),
             informational: Informational::new(),

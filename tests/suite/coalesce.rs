@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures::future::join_all;
-use pingora_slice_tests::{Ask, Fault, MIB, Options, TestCluster};
+use pingora_slice_tests::{Ask, Fault, MIB, Options, SLICE_BYTES, TestCluster};
 
 /// Longer than a peer may be silent before it is asked whether it lives, and
 /// shorter than anybody waits for a seat at it.
@@ -219,5 +219,99 @@ async fn answers_that_may_not_be_shared_are_waited_for_by_nobody() {
             assert!(all.is_ok(), "{} of {CLIENTS}", film.seen().len() - before);
             asking.iter().for_each(|asking| asking.abort());
         }
+    }
+}
+
+/// A 304 that may not be kept is for the client that it came to, though others
+/// waited for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_who_ask_together_do_not_share_a_304_that_is_private() {
+    const CLIENTS: usize = 10;
+    for nodes in [1, 3] {
+        let cluster = TestCluster::start(nodes).await;
+        let owner = nodes as u64;
+        let film = cluster.films_owned_by(owner, 1, 1000).await.remove(0);
+        film.header("Cache-Control", "no-cache");
+        let node = cluster.node(1);
+        node.read(&film).await;
+        let before = film.seen().len();
+        film.header("Set-Cookie", "who=1")
+            .once(Fault::Delay(Duration::from_secs(1)));
+        let first = node.reading(&film);
+        film.until("one asks", |seen| seen.len() > before).await;
+        let others = join_all((1..CLIENTS).map(|_| node.get(film.path()))).await;
+        let first = first.await.unwrap().unwrap();
+        for reply in others.iter().chain([&first]) {
+            assert_eq!(reply.body, film.content().all());
+            assert_eq!(reply.header("set-cookie"), "who=1");
+        }
+        let asked = film.seen().len() - before;
+        assert_eq!(asked, CLIENTS, "one cookie for each: {:#?}", film.seen());
+    }
+}
+
+/// Nor is it kept by the node that its owner gave it to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_304_that_is_private_is_not_kept_by_the_node_that_asked_its_owner() {
+    let mut cluster = TestCluster::start(3).await;
+    let film = cluster.films_owned_by(2, 1, 1000).await.remove(0);
+    film.header("Cache-Control", "no-cache");
+    let account = async |cluster: &TestCluster| {
+        let reply = cluster.node(1).get(film.path()).await;
+        assert_eq!(reply.body, film.content().all());
+        reply.header("x-account").to_owned()
+    };
+    assert_eq!(account(&cluster).await, "");
+    film.header("Set-Cookie", "who=1").header("X-Account", "1");
+    assert_eq!(account(&cluster).await, "1");
+    film.without("Set-Cookie").without("X-Account");
+    cluster.node_mut(2).kill();
+    cluster.node_mut(3).kill();
+    // It asks the origin itself, with what it holds.
+    assert_eq!(account(&cluster).await, "");
+    let last = film.seen().pop().expect("a request");
+    assert_eq!(last.status, 304, "nothing was held");
+}
+
+/// The origin's failure is told to all who waited, by one request.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_fails_is_not_asked_by_all_who_waited() {
+    for nodes in [1, 3] {
+        let cluster = Options::cluster(nodes).set("max_retries", 0).start().await;
+        let owner = nodes as u64;
+        for film in cluster.films_owned_by(owner, 2, 1000).await {
+            film.always(Fault::Refuses("via", 503));
+            let asking = (0..20).map(|_| cluster.node(1).get(film.path()));
+            let replies = join_all(asking).await;
+            assert!(
+                replies.iter().all(|reply| reply.status == 503),
+                "{replies:#?}"
+            );
+            assert_eq!(film.seen().len(), 1, "{:#?}", film.seen());
+        }
+    }
+}
+
+/// An answer about one client's range says nothing to those who waited with it:
+/// they ask together, and the object is kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waited_for_a_range_beyond_the_end_asks_together_again() {
+    for nodes in [1, 3] {
+        let cluster = TestCluster::start(nodes).await;
+        let owner = nodes as u64;
+        let film = cluster
+            .films_owned_by(owner, 1, 2 * SLICE_BYTES)
+            .await
+            .remove(0);
+        film.once(Fault::Delay(Duration::from_secs(1)));
+        let node = cluster.node(1);
+        let beyond = node.ask(Ask::get(film.path()).range("bytes=1000000000000-"));
+        let others = async {
+            film.until("one asks", |seen| !seen.is_empty()).await;
+            join_all((0..10).map(|_| node.read(&film))).await;
+        };
+        let (beyond, ()) = tokio::join!(beyond, others);
+        assert_eq!(beyond.status, 416);
+        assert_eq!(film.fetches_per_slice(), [1, 1], "{:#?}", film.seen());
     }
 }

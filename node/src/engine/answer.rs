@@ -294,6 +294,7 @@ fn answer_with(found: Found) -> Answer {
     Answer::Manifest {
         manifest: manifest::encode(&Record::Manifest(Box::new(found.object.manifest.clone()))),
         resolution: found.resolution,
+        kept: found.kept,
         collapsed: found.collapsed,
         informational: found.informational,
     }

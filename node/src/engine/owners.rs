@@ -126,6 +126,7 @@ impl Engine {
             Answer::Manifest {
                 manifest,
                 resolution,
+                kept,
                 collapsed,
                 informational,
             } => {
@@ -135,10 +136,14 @@ impl Engine {
                 if manifest.url != *request.url {
                     return None;
                 }
+                if !kept {
+                    let authorized = request.demands.authorized;
+                    self.inner.unshared.note(request.key, authorized);
+                }
                 // While its length is unknown it is of use to its owner alone.
-                let object = match manifest.length() {
-                    Some(_) => self.keep_for_asker(request.key, *manifest),
-                    None => Arc::new(Stored::new(*manifest)),
+                let object = match kept && manifest.length().is_some() {
+                    true => self.keep_for_asker(request.key, *manifest),
+                    false => Arc::new(Stored::new(*manifest)),
                 };
                 // Rules 3 and 4, after the wait: what just came from the
                 // origin is this request's own answer; anything else is judged.
@@ -153,6 +158,7 @@ impl Engine {
                 Some(Resolved::Object(Found {
                     object,
                     resolution,
+                    kept,
                     collapsed,
                     forwarded: Forwarded::default(),
                     informational,
@@ -186,6 +192,7 @@ impl Engine {
                 status,
                 reason: match status {
                     504 => Failure::Silent,
+                    500 | 503 => Failure::Fails,
                     _ => Failure::BrokeOff,
                 },
             }),

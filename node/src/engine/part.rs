@@ -17,7 +17,7 @@ use pingora_slice_cluster::Generation;
 use pingora_slice_cluster::wire::{Informational, Resolution};
 
 use super::resolve::{Act, Probe, update};
-use super::together::{ManifestFlight, Outcome};
+use super::together::{ManifestFlight, Others, Outcome};
 use super::{Engine, Forwarded, Relay, RelayBody, Request};
 use crate::budget::Budget;
 use crate::freshness::unix_ms;
@@ -348,7 +348,7 @@ impl Engine {
             informational: Informational::new(),
             body: RelayBody::Bytes(bytes),
         });
-        Outcome::Relay
+        Outcome::Relay(Others::AskAgain)
     }
 
     /// The fields and the lifetime of a part that may be kept.

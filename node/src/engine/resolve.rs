@@ -16,7 +16,7 @@ use rand::Rng;
 
 use super::part::{OpenRange, PartRange};
 use super::tags::NewTags;
-use super::together::{ManifestFlight, Outcome};
+use super::together::{ManifestFlight, Others, Outcome};
 use super::{Engine, Failure, Fill, Forwarded, Relay, RelayBody, Request, holds_what_is_wanted};
 use crate::config::OriginProbe;
 use crate::freshness::{self, Demands, NotStored, TAGS_MAX, unix_ms};
@@ -369,8 +369,8 @@ impl Engine {
                     Resolution::Revalidated,
                 )
             }
-            _ => {
-                // No longer to be kept; it still answers this request.
+            judged => {
+                // No longer to be kept; it still answers this request, and no other.
                 manifest.freshness = Freshness {
                     no_cache: true,
                     lifetime: 0,
@@ -380,7 +380,11 @@ impl Engine {
                 if !request.demands.authorized {
                     self.forget_manifest(request.key, &manifest);
                 }
-                Outcome::Object(Arc::new(Stored::new(manifest)), Resolution::Revalidated)
+                if judged.is_err_and(is_for_one) {
+                    let authorized = request.demands.authorized;
+                    self.inner.unshared.note(request.key, authorized);
+                }
+                Outcome::Alone(Arc::new(Stored::new(manifest)), Resolution::Revalidated)
             }
         }
     }
@@ -544,6 +548,7 @@ impl Engine {
 
     pub(super) fn relay(&self, mut answer: OriginAnswer, flight: &Arc<ManifestFlight>) -> Outcome {
         answer.headers.remove(http::header::CONTENT_LENGTH);
+        let others = Others::of(answer.status);
         flight.put_relay(Relay {
             status: answer.status,
             headers: answer.headers,
@@ -552,7 +557,7 @@ impl Engine {
             informational: Informational::new(),
             body: RelayBody::Origin(Box::new(answer.body)),
         });
-        Outcome::Relay
+        Outcome::Relay(others)
     }
 
     pub(super) fn store(
@@ -796,7 +801,7 @@ fn is_for_one(why: NotStored) -> bool {
 }
 
 /// The errors that `stale-if-error` is for (RFC 5861 section 4).
-fn is_passing_failure(status: u16) -> bool {
+pub(super) fn is_passing_failure(status: u16) -> bool {
     matches!(status, 500 | 502 | 503 | 504)
 }
 

@@ -10,6 +10,7 @@ use pingora_slice_cluster::wire::{Informational, Resolution};
 use pingora_slice_cluster::{Generation, PurgeIndex};
 use tokio::sync::watch;
 
+use super::resolve::is_passing_failure;
 use super::{Engine, Failure, Forwarded, Found, Held, Relay, Request, Resolved, Verdict};
 use crate::freshness::{Demands, Use, unix_ms};
 use crate::l1::Kept;
@@ -103,12 +104,16 @@ impl ManifestFlight {
             Some(Resolved::Object(found)) => {
                 self.note_informational(found.informational);
                 self.collapsed.store(found.collapsed, Ordering::Relaxed);
-                Outcome::Object(found.object, found.resolution)
+                match found.kept {
+                    true => Outcome::Object(found.object, found.resolution),
+                    false => Outcome::Alone(found.object, found.resolution),
+                }
             }
             Some(Resolved::Relay(mut relay)) => {
                 self.note_informational(std::mem::take(&mut relay.informational));
+                let others = Others::of(relay.status);
                 self.put_relay(*relay);
-                Outcome::Relay
+                Outcome::Relay(others)
             }
             Some(Resolved::Pass(_)) => Outcome::Uncacheable,
             Some(Resolved::Failed { status, reason }) => Outcome::Failed { status, reason },
@@ -151,8 +156,10 @@ impl Drop for Ending<'_> {
 #[derive(Clone)]
 pub(super) enum Outcome {
     Object(Arc<Stored>, Resolution),
-    /// The starter takes the relay; the others are on their own.
-    Relay,
+    /// The same for the starter alone: it may not be kept.
+    Alone(Arc<Stored>, Resolution),
+    /// The starter takes the relay.
+    Relay(Others),
     Uncacheable,
     Failed {
         status: u16,
@@ -160,6 +167,27 @@ pub(super) enum Outcome {
     },
     /// No owner was of use.
     NoOwner,
+}
+
+/// What an answer that the starter takes is to those who joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Others {
+    /// The object may not be shared: each asks for itself.
+    Pass,
+    /// The origin fails, with this status: not all of them ask it.
+    Fail(u16),
+    /// It is about the starter's request: they ask together again.
+    AskAgain,
+}
+
+impl Others {
+    pub(super) fn of(status: u16) -> Others {
+        match status {
+            416 => Others::AskAgain,
+            _ if is_passing_failure(status) => Others::Fail(status),
+            _ => Others::Pass,
+        }
+    }
 }
 
 /// Why those who asked together have no answer from it.
@@ -233,8 +261,13 @@ impl Engine {
                 Ok(outcome) => outcome.clone(),
                 Err(_) => None,
             };
+            let kept = !matches!(outcome, Some(Outcome::Alone(..)));
             let resolved = match outcome {
-                Some(Outcome::Object(object, resolution)) => {
+                Some(Outcome::Alone(..) | Outcome::Relay(Others::AskAgain)) if !started => {
+                    unfit = Some(flight);
+                    continue;
+                }
+                Some(Outcome::Object(object, resolution) | Outcome::Alone(object, resolution)) => {
                     // Tags and variant are known only now (rule 6); and what an
                     // owner had stored needs a lease, after the wait (rule 7).
                     let fits = started
@@ -251,6 +284,7 @@ impl Engine {
                     Resolved::Object(Found {
                         object,
                         resolution,
+                        kept,
                         collapsed: !started || flight.collapsed.load(Ordering::Relaxed),
                         forwarded: Forwarded::default(),
                         informational: match started {
@@ -259,14 +293,19 @@ impl Engine {
                         },
                     })
                 }
-                Some(Outcome::Relay) if started => match flight.take_relay() {
+                Some(Outcome::Relay(_)) if started => match flight.take_relay() {
                     Some(mut relay) => {
                         relay.informational = flight.take_informational();
                         Resolved::Relay(Box::new(relay))
                     }
                     None => Resolved::Pass("uncacheable"),
                 },
-                Some(Outcome::Relay | Outcome::Uncacheable) => Resolved::Pass("uncacheable"),
+                // What fails for one client's credentials need not for another's.
+                Some(Outcome::Relay(Others::Fail(status))) if !request.demands.authorized => {
+                    let reason = Failure::Fails;
+                    Resolved::Failed { status, reason }
+                }
+                Some(Outcome::Relay(_) | Outcome::Uncacheable) => Resolved::Pass("uncacheable"),
                 Some(Outcome::Failed { status, reason }) => Resolved::Failed { status, reason },
                 Some(Outcome::NoOwner) => return Err(Apart::NoOwner),
                 None => Resolved::Failed {
