@@ -157,6 +157,8 @@ pub enum Failure {
     Unreachable,
     /// The origin's answer broke off.
     BrokeOff,
+    /// The request never reached the origin: there was no connection in time.
+    NotConnected,
     /// The origin was too slow.
     TimedOut,
     /// The origin answers with an error, to somebody who asked at the same time.
@@ -179,7 +181,7 @@ impl Failure {
         match self {
             Failure::Unreachable => "origin-unreachable",
             Failure::BrokeOff => "origin-broke-off",
-            Failure::TimedOut => "origin-timed-out",
+            Failure::NotConnected | Failure::TimedOut => "origin-timed-out",
             Failure::Fails => "origin-fails",
             Failure::Silent => "origin-silent",
             Failure::Disagrees => "origin-disagrees",

@@ -52,6 +52,9 @@ pub enum OriginError {
     /// It took the request and broke off before its answer: 502.
     #[error("origin broke off: {0}")]
     BrokeOff(String),
+    /// There was no connection in time: 504.
+    #[error("origin could not be connected to in time: {0}")]
+    NotConnected(String),
     /// It did not answer in time: 504.
     #[error("origin did not answer in time: {0}")]
     TimedOut(String),
@@ -62,7 +65,7 @@ impl OriginError {
     pub fn status(&self) -> u16 {
         match self {
             OriginError::Unreachable(_) | OriginError::BrokeOff(_) => 502,
-            OriginError::TimedOut(_) => 504,
+            OriginError::NotConnected(_) | OriginError::TimedOut(_) => 504,
         }
     }
 }
@@ -358,6 +361,7 @@ impl Origin {
 fn not_connected(error: Box<pingora_core::Error>) -> OriginError {
     match broken(error) {
         OriginError::BrokeOff(reason) => OriginError::Unreachable(reason),
+        OriginError::TimedOut(reason) => OriginError::NotConnected(reason),
         error => error,
     }
 }

@@ -1,9 +1,11 @@
 //! Promise P3: the origin sees each missing slice once.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use futures::future::join_all;
 use pingora_slice_tests::{Ask, Fault, MIB, Options, SLICE_BYTES, TestCluster};
+use socket2::{Domain, Socket, Type};
 
 /// Longer than a peer may be silent before it is asked whether it lives, and
 /// shorter than anybody waits for a seat at it.
@@ -313,5 +315,36 @@ async fn who_waited_for_a_range_beyond_the_end_asks_together_again() {
         let (beyond, ()) = tokio::join!(beyond, others);
         assert_eq!(beyond.status, 416);
         assert_eq!(film.fetches_per_slice(), [1, 1], "{:#?}", film.seen());
+    }
+}
+
+/// A node that cannot reach the origin leaves its objects to those that can.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_whose_way_to_the_origin_is_a_black_hole_is_bypassed() {
+    // What connects here is not refused, and waits: its queue is full.
+    let hole = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    hole.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())
+        .unwrap();
+    hole.listen(0).unwrap();
+    let address = hole.local_addr().unwrap().as_socket().unwrap();
+    let _queued = tokio::net::TcpStream::connect(address).await.unwrap();
+
+    let mut cluster = Options::cluster(3)
+        .set("max_retries", 0)
+        .set("origin_timeouts", "{connect: 500ms}")
+        .prepare()
+        .await;
+    cluster
+        .node_mut(2)
+        .set("upstream_address", format!("\"{address}\""));
+    for id in 1..=3 {
+        cluster.node_mut(id).spawn();
+    }
+    for id in 1..=3 {
+        cluster.node_mut(id).until_ready().await;
+    }
+    for film in cluster.films_owned_by(2, 3, 2 * SLICE_BYTES).await {
+        cluster.node(1).read(&film).await;
+        cluster.node(3).read(&film).await;
     }
 }

@@ -119,7 +119,7 @@ impl Engine {
             // Its asker may reach what we cannot; what we did reach and got no
             // answer from will not answer the asker either.
             Resolved::Failed {
-                reason: Failure::Unreachable,
+                reason: Failure::Unreachable | Failure::NotConnected | Failure::Fenced,
                 ..
             } => (Answer::Busy, None),
             Resolved::Failed { status, .. } => (Answer::Failed { status }, None),

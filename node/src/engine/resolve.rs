@@ -165,6 +165,7 @@ impl Engine {
                 reason: match error {
                     OriginError::Unreachable(_) => Failure::Unreachable,
                     OriginError::BrokeOff(_) => Failure::BrokeOff,
+                    OriginError::NotConnected(_) => Failure::NotConnected,
                     OriginError::TimedOut(_) => Failure::TimedOut,
                 },
             }
