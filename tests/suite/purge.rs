@@ -649,3 +649,41 @@ async fn after_a_soft_purge_every_node_asks_again() {
         }
     }
 }
+
+/// After an unsafe method no node answers from before (RFC 9111 section 4.4),
+/// whoever holds it: a node that asked an owner which has lost it since, or one
+/// whose answer was under way.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_unsafe_method_changes_is_purged_wherever_it_is() {
+    let mut cluster = Options::cluster(3)
+        .set("enable_l2_cache", false)
+        .start()
+        .await;
+    let film = cluster.films_owned_by(2, 1, 1000).await.remove(0);
+    cluster.node(3).read(&film).await;
+    cluster.node_mut(2).kill();
+    cluster.node_mut(2).spawn();
+    cluster.node_mut(2).until_ready().await;
+    let asker = cluster.node(1);
+    asker
+        .until("it reaches the owner again", async || {
+            let up = asker.cluster_metrics().await.sample("node_up{node=\"2\"}");
+            up == Some(1.0)
+        })
+        .await;
+    let change = async |film: &Film| {
+        film.change();
+        let posted = asker.ask(Ask::new("POST", film.path())).await;
+        assert_eq!(posted.status, 200);
+    };
+    change(&film).await;
+    cluster.read_from_every_node(&film).await;
+
+    let film = cluster.films_owned_by(2, 2, 1000).await.remove(1);
+    film.once(Fault::Delay(Duration::from_secs(2)));
+    let before = cluster.node(3).reading(&film);
+    film.until("it is asked for", |seen| !seen.is_empty()).await;
+    change(&film).await;
+    before.await.unwrap().unwrap();
+    cluster.read_from_every_node(&film).await;
+}

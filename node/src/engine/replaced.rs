@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
+use futures::stream::{self, StreamExt};
 use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
 use pingora_slice_cluster::purge::{PurgeItem, PurgeMode, Scope};
 use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, ResolveAsk};
-use pingora_slice_cluster::{Generation, ObjectKey};
+use pingora_slice_cluster::{Generation, NodeId, ObjectKey};
 use tokio::sync::watch;
 
 use super::{Engine, Fill, Request};
@@ -15,6 +16,8 @@ use crate::url::Url;
 
 /// How long other nodes may take to hear that a version was replaced.
 const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
+/// Nodes that are asked at once what they hold.
+const ASKED_AT_ONCE: usize = 64;
 
 impl Engine {
     /// A client's demand has found out that a fresh version is no longer what the
@@ -60,12 +63,16 @@ impl Engine {
     }
 
     /// Whether this node holds something under a key: a variant, or a stale one,
-    /// counts, and what a disk that hangs may hold.
+    /// counts, what a disk that hangs may hold, and an answer that is under way.
     pub(super) async fn may_be_stored(&self, key: ObjectKey) -> bool {
-        self.record(key.0).await.is_some() || self.inner.l2.as_ref().is_some_and(L2::hangs)
+        // Before what is stored is looked for: it may land meanwhile.
+        self.inner.manifest_flights.has(key)
+            || self.record(key.0).await.is_some()
+            || self.inner.l2.as_ref().is_some_and(L2::hangs)
     }
 
-    /// Whether this node or the manifest's owner holds something under a URL.
+    /// Whether any node holds something under a URL, or may: those that were the
+    /// owner, or asked one, hold it too, and one that does not answer may.
     pub(super) async fn is_stored_anywhere(&self, key: ObjectKey, url: &Url) -> bool {
         if self.may_be_stored(key).await {
             return true;
@@ -76,12 +83,22 @@ impl Engine {
             headers: Vec::new(),
         };
         let ask = Ask::Resolve(ResolveAsk::what_is_stored(key, request));
-        match self.owners(key, 0).first() {
-            Some(owner) if *owner != self.me() => {
-                !matches!(self.ask(*owner, &ask).await, Ok((Answer::Missing, _)))
+        let view = self.inner.cluster.view();
+        let others: Vec<NodeId> = view.members.keys().copied().collect();
+        let (me, ask) = (view.me, &ask);
+        let asking = stream::iter(others.into_iter().filter(|id| *id != me))
+            .map(|id| async move {
+                let answer = self.ask(id, ask).await;
+                !matches!(answer, Ok((Answer::Missing, _)))
+            })
+            .buffer_unordered(ASKED_AT_ONCE);
+        let mut asking = std::pin::pin!(asking);
+        while let Some(may_hold) = asking.next().await {
+            if may_hold {
+                return true;
             }
-            _ => false,
         }
+        false
     }
 
     /// Forgets a version everywhere: the origin has another, and answers from

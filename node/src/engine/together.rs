@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use pingora_slice_cluster::purge::joinable;
 use pingora_slice_cluster::wire::{Informational, Resolution};
-use pingora_slice_cluster::{Generation, PurgeIndex};
+use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use tokio::sync::watch;
 
 use super::resolve::is_passing_failure;
@@ -43,6 +43,16 @@ impl ManifestFlights {
             Whom::Owners => &self.at_owners,
             Whom::Origin => &self.at_origin,
         }
+    }
+
+    /// Whether somebody asks for an object that no more is known of than its key.
+    pub(super) fn has(&self, key: ObjectKey) -> bool {
+        [&self.at_owners, &self.at_origin].iter().any(|flights| {
+            let flights = flights.lock().expect("no panic while held");
+            [false, true]
+                .iter()
+                .any(|authorized| flights.contains_key(&(key.0, *authorized)))
+        })
     }
 }
 
