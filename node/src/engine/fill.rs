@@ -208,7 +208,11 @@ impl Engine {
         }
         let (engine, fill, filled) = (self.clone(), fill.clone(), flight.clone());
         self.inner.runtime.spawn(async move {
-            filled.finish(engine.fill_part(&fill, &filled).await);
+            let result = engine.fill_part(&fill, &filled).await;
+            if result == Err(FillError::Changed) {
+                engine.forget_lost(&fill).await;
+            }
+            filled.finish(result);
         });
         Some(flight.read(part))
     }
