@@ -33,7 +33,6 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::StreamExt;
-use http::header::HeaderMap;
 use pingora_slice_cluster::peer::Body;
 use pingora_slice_cluster::purge::{Floor, Subject, joinable};
 use pingora_slice_cluster::slice::{HashKey, Touched};
@@ -45,7 +44,7 @@ use tokio::sync::watch;
 use crate::budget::{Budget, Permit};
 use crate::config::Config;
 use crate::flight::{FillError, Flights, SliceReader, Source};
-use crate::freshness::{self, Demands, NotStored, Policy, Use, unix_ms};
+use crate::freshness::{Demands, NotStored, Policy, Use, unix_ms};
 use crate::l1::{Kept, L1};
 use crate::l2::L2;
 use crate::manifest::{self, Manifest, Stored};
@@ -271,6 +270,8 @@ pub struct Relay {
     pub length: Option<u64>,
     /// Why it went beyond this node.
     pub forwarded: Forwarded,
+    /// Why it is passed on.
+    pub why: NotStored,
     /// What the origin said before it.
     pub informational: Informational,
     /// The body.
@@ -575,18 +576,6 @@ impl Engine {
             }
             _ => Forwarded::Stale,
         }
-    }
-
-    /// Why a response to this request is not kept; `None` where it is too large.
-    pub fn why_not_stored(
-        &self,
-        request: &Request,
-        status: u16,
-        headers: &HeaderMap,
-    ) -> Option<NotStored> {
-        let now_ms = unix_ms(SystemTime::now());
-        let policy = &self.inner.policy;
-        freshness::store(policy, &request.demands, status, headers, now_ms, now_ms).err()
     }
 
     /// Begins an answer, known from now on to every hard purge (G2); `None` if

@@ -272,10 +272,16 @@ pub enum NotStored {
     Status,
     /// No freshness and no validator, or `default_freshness: none`.
     NoFreshness,
-    /// An encoded body, where the bytes themselves were asked for.
-    Encoded,
     /// More tags than a manifest carries: a purge by one of them would miss it.
     Tags,
+    /// Beyond `max_object_size`.
+    TooLarge,
+    /// A range that the origin chose, under a label that the client did not ask
+    /// for: it is passed on as it came, and kept for what it is.
+    PassedAsPart,
+    /// A range that the origin chose and that is not kept: it is too large,
+    /// encoded, or begins and ends where no slices do.
+    PartDoesNotFit,
 }
 
 impl NotStored {
@@ -289,8 +295,10 @@ impl NotStored {
             NotStored::VaryAny => "vary-any",
             NotStored::Status => "status",
             NotStored::NoFreshness => "no-freshness",
-            NotStored::Encoded => "encoded",
             NotStored::Tags => "tags",
+            NotStored::TooLarge => "too-large",
+            NotStored::PassedAsPart => "part",
+            NotStored::PartDoesNotFit => "part-does-not-fit",
         }
     }
 }

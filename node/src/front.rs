@@ -33,7 +33,7 @@ use crate::budget::Permit;
 use crate::connection;
 use crate::engine::{Engine, Forwarded, Found, Relay, Request, Resolved, Sent};
 use crate::flight::{FillError, Form};
-use crate::freshness::{Demands, NotStored, unix_ms};
+use crate::freshness::{Demands, unix_ms};
 use crate::log_limit::Paced;
 use crate::manifest::Manifest;
 use crate::metrics::Metrics;
@@ -631,10 +631,7 @@ impl Front {
             None if has_body => head.insert_header(header::TRANSFER_ENCODING, "chunked")?,
             _ => {}
         }
-        let why = self
-            .engine
-            .why_not_stored(request, relay.status, &relay.headers)
-            .map_or("too-large", NotStored::as_str);
+        let why = relay.why.as_str();
         let status = format!(
             "fwd={}; fwd-status={}; detail={why}",
             relay.forwarded.as_str(),

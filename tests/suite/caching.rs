@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use pingora_slice_tests::http::{Kept, raw};
 use pingora_slice_tests::talk::{self, TalkOrigin};
-use pingora_slice_tests::{Ask, Fault, Options, SLICE_BYTES, TestCluster, Validators};
+use pingora_slice_tests::{Ask, Fault, MIB, Options, SLICE_BYTES, TestCluster, Validators};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -113,6 +113,29 @@ async fn stale_while_revalidate_does_not_go_back() {
         for node in [2, 3, 1, 2, 3] {
             assert_eq!(version(node).await, Some(2), "node {node} of film {n}");
         }
+    }
+}
+
+/// What has grown beyond `max_object_size` is forgotten where it was asked for,
+/// though its owner, which the answer went through, held nothing of it any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_large_now_is_not_answered_from_before() {
+    let mut cluster = Options::cluster(3)
+        .set("enable_l2_cache", false)
+        .set("max_object_size", "1m")
+        .start()
+        .await;
+    let film = cluster.films_owned_by(1, 1, 1000).await.remove(0);
+    film.header("Cache-Control", "max-age=3600")
+        .always(Fault::IgnoreRange);
+    cluster.node(2).read(&film).await;
+    cluster.node_mut(1).restart().await;
+    film.change_to(3 * MIB);
+    let demanding = Ask::get(film.path()).header("Cache-Control", "no-cache");
+    for ask in [demanding, Ask::get(film.path())] {
+        let reply = cluster.node(2).ask(ask).await;
+        assert_eq!(reply.header("x-cache"), "PASS");
+        assert_eq!(reply.body, film.content().all());
     }
 }
 

@@ -1,7 +1,7 @@
 //! Ranges and conditions, in all the forms that clients send.
 
 use pingora_slice_tests::http::{Reply, raw};
-use pingora_slice_tests::{Ask, Film, MIB, Node, Options, SLICE_BYTES, TestCluster};
+use pingora_slice_tests::{Ask, Fault, Film, MIB, Node, Options, SLICE_BYTES, TestCluster};
 
 const LENGTH: u64 = 3 * SLICE_BYTES + 100;
 
@@ -372,4 +372,34 @@ async fn requests_that_no_client_should_send_are_refused() {
         );
     }
     cluster.node(1).read(&film).await;
+}
+
+/// Whoever gets a range that the origin chose reads in Cache-Status what became of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_that_is_passed_on_says_why() {
+    let cluster = TestCluster::start(3).await;
+    let label = format!("bytes {}-{LENGTH}/{}", LENGTH - 2, LENGTH + 1);
+    for (path, fault, suffix, why) in [
+        ("/label", Some(Fault::ContentRange(label)), 2, "part"),
+        ("/odd", None, 500_001, "part-does-not-fit"),
+    ] {
+        for node in cluster.nodes() {
+            let path = format!("{path}-{}", node.id());
+            let film = cluster.origin.publish(&path, LENGTH);
+            if let Some(fault) = fault.clone() {
+                film.always(fault);
+            }
+            let reply = node
+                .ask(Ask::get(&path).range(&format!("bytes=-{suffix}")))
+                .await;
+            assert_eq!(reply.status, 206, "{path}");
+            assert_eq!(reply.body, film.content().bytes(LENGTH - suffix..LENGTH));
+            let status = reply.header("cache-status");
+            let detail = format!("detail={why}");
+            assert!(
+                status.split("; ").any(|part| part == detail),
+                "{path}: {status}"
+            );
+        }
+    }
 }

@@ -1,17 +1,19 @@
 //! Who owns what, and what an object's owners answer.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use http::HeaderMap;
 use pingora_slice_cluster::peer::{Body, PeerError};
 use pingora_slice_cluster::ring::Ring;
 use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Resolution, ResolveAsk};
 use pingora_slice_cluster::{Generation, NodeId, ObjectKey};
 
+use super::part::PartRange;
 use super::{
     Engine, Failure, Forwarded, Found, Held, Relay, RelayBody, Request, Resolved, Verdict,
 };
-use crate::freshness::Use;
+use crate::freshness::{self, NotStored, Use, unix_ms};
 use crate::manifest::{self, Record, Stored};
 
 /// How long a peer may be silent before it is asked whether it lives.
@@ -170,10 +172,8 @@ impl Engine {
                 informational,
             } => {
                 let headers = manifest::to_map(&headers);
-                let why = self.why_not_stored(request, status, &headers);
-                if why.is_some() {
-                    self.takes_away(request, status, why).await;
-                }
+                let why = self.why_relayed(request, status, &headers);
+                self.takes_away(request, status, why).await;
                 let length = headers
                     .get(http::header::CONTENT_LENGTH)
                     .and_then(|v| v.to_str().ok()?.parse().ok());
@@ -182,6 +182,7 @@ impl Engine {
                     headers,
                     length,
                     forwarded: Forwarded::default(),
+                    why,
                     informational,
                     body: RelayBody::Peer(body?),
                 })))
@@ -199,6 +200,17 @@ impl Engine {
             // Its way to the origin may be cut; ours need not be.
             Answer::Behind | Answer::Busy | Answer::Missing => None,
             Answer::Slice { .. } | Answer::PastEnd | Answer::Changed => None,
+        }
+    }
+
+    /// Why an owner relays an answer of the origin: it judged it as is done here.
+    fn why_relayed(&self, request: &Request, status: u16, headers: &HeaderMap) -> NotStored {
+        let now_ms = unix_ms(SystemTime::now());
+        let policy = &self.inner.policy;
+        match freshness::store(policy, &request.demands, status, headers, now_ms, now_ms) {
+            Err(why) => why,
+            Ok(_) if status == 206 => PartRange::why_passed(headers, self.inner.config.slice_bytes),
+            Ok(_) => NotStored::TooLarge,
         }
     }
 

@@ -20,7 +20,7 @@ use super::resolve::{Act, Probe, update};
 use super::together::{ManifestFlight, Others, Outcome};
 use super::{Engine, Forwarded, Relay, RelayBody, Request};
 use crate::budget::Budget;
-use crate::freshness::unix_ms;
+use crate::freshness::{NotStored, unix_ms};
 use crate::manifest::{self, Manifest, Stored};
 use crate::origin::{self, ContentRange, OriginAnswer, OriginBody, OriginError};
 use crate::plan;
@@ -138,6 +138,20 @@ impl PartRange {
             total: label.total - 1,
             ..label
         })
+    }
+
+    /// Whether it can be kept, in slices of `bytes_max` at most.
+    fn fits(&self, headers: &HeaderMap, bytes_max: u32) -> bool {
+        self.slice_bytes(bytes_max).is_some() && !headers.contains_key(CONTENT_ENCODING)
+    }
+
+    /// Why the 206 with these fields was passed on as it came.
+    pub(super) fn why_passed(headers: &HeaderMap, bytes_max: u32) -> NotStored {
+        let part = origin::content_range(headers).and_then(PartRange::of);
+        match part.is_some_and(|part| part.fits(headers, bytes_max)) {
+            true => NotStored::PassedAsPart,
+            false => NotStored::PartDoesNotFit,
+        }
     }
 
     /// The largest slice size, at most `bytes_max`, at whose multiples it
@@ -283,8 +297,9 @@ impl Engine {
         flight: &Arc<ManifestFlight>,
     ) -> Outcome {
         let keepable = self.keepable(request, &part, &answer, flight).await;
-        let Some((mut headers, freshness)) = keepable else {
-            return self.relay(answer, flight);
+        let (mut headers, freshness) = match keepable {
+            Ok(keepable) => keepable,
+            Err(why) => return self.relay(answer, why, flight),
         };
         let mut bytes =
             match read(&self.inner.budget, &mut answer.body, part.end - part.start).await {
@@ -331,8 +346,9 @@ impl Engine {
         flight: &Arc<ManifestFlight>,
     ) -> Outcome {
         let keepable = self.keepable(request, &part, &answer, flight).await;
-        let Some((headers, freshness)) = keepable else {
-            return self.relay(answer, flight);
+        let (headers, freshness) = match keepable {
+            Ok(keepable) => keepable,
+            Err(why) => return self.relay(answer, why, flight),
         };
         let bytes = match read(&self.inner.budget, &mut answer.body, part.end - part.start).await {
             Ok(bytes) => bytes,
@@ -340,37 +356,39 @@ impl Engine {
         };
         let as_it_came = std::mem::replace(&mut answer.headers, headers);
         let _ = self.keep_answer(request, part, bytes.clone(), &answer, freshness, flight);
-        *flight.relay.lock().expect("no panic while held") = Some(Relay {
+        flight.put_relay(Relay {
             status: answer.status,
             headers: without_length(as_it_came),
             length: Some(bytes.len() as u64),
             forwarded: Forwarded::default(),
+            why: NotStored::PassedAsPart,
             informational: Informational::new(),
             body: RelayBody::Bytes(bytes),
         });
         Outcome::Relay(Others::AskAgain)
     }
 
-    /// The fields and the lifetime of a part that may be kept.
+    /// The fields and the lifetime of a part that may be kept; or why it is not.
     async fn keepable(
         &self,
         request: &Request,
         part: &PartRange,
         answer: &OriginAnswer,
         flight: &ManifestFlight,
-    ) -> Option<(HeaderMap, manifest::Freshness)> {
+    ) -> Result<(HeaderMap, manifest::Freshness), NotStored> {
         let mut headers = answer.headers.clone();
         origin::strip_framing(&mut headers);
-        let freshness = match self.store(&request.demands, 200, &headers, answer) {
+        let freshness = match self.judge_storable(request, 200, &headers, answer, None) {
             Ok(freshness) => freshness,
             Err(why) => {
-                self.is_not_stored(request, 200, Some(why), flight).await;
-                return None;
+                self.is_not_stored(request, 200, why, flight).await;
+                return Err(why);
             }
         };
-        let encoded = headers.contains_key(CONTENT_ENCODING);
-        let fits = part.slice_bytes(self.inner.config.slice_bytes).is_some() && !encoded;
-        fits.then_some((headers, freshness))
+        match part.fits(&headers, self.inner.config.slice_bytes) {
+            true => Ok((headers, freshness)),
+            false => Err(NotStored::PartDoesNotFit),
+        }
     }
 
     fn keep_answer(

@@ -19,7 +19,7 @@ use super::tags::NewTags;
 use super::together::{ManifestFlight, Others, Outcome};
 use super::{Engine, Failure, Fill, Forwarded, Relay, RelayBody, Request, holds_what_is_wanted};
 use crate::config::OriginProbe;
-use crate::freshness::{self, Demands, NotStored, TAGS_MAX, unix_ms};
+use crate::freshness::{self, NotStored, TAGS_MAX, unix_ms};
 use crate::manifest::{self, Freshness, Identity, Manifest, Stored};
 use crate::origin::{self, OriginAnswer, OriginAsk, OriginError};
 use crate::plan;
@@ -316,7 +316,7 @@ impl Engine {
                 let total = origin::content_range(&answer.headers).and_then(|range| range.total);
                 let headers = manifest::to_map(&request.origin.headers);
                 if total.is_some_and(|total| plan::is_unsatisfiable(&headers, total)) {
-                    return Act::Done(self.relay(answer, flight));
+                    return Act::Done(self.relay(answer, NotStored::Status, flight));
                 }
                 probe.shrink(total);
                 Act::AskOtherwise
@@ -350,7 +350,7 @@ impl Engine {
         if let Some(Ok(etag)) = manifest.version.etag.as_ref().map(|etag| etag.parse()) {
             headers.insert(ETAG, etag);
         }
-        let judged = self.store(&request.demands, manifest.status, &headers, &answer);
+        let judged = self.judge_storable(request, manifest.status, &headers, &answer, None);
         headers.remove(http::header::AGE);
         write_date(&mut headers, answer.received_ms);
         manifest.headers = manifest::to_headers(&headers);
@@ -404,30 +404,24 @@ impl Engine {
             .as_ref()
             .is_some_and(|r| r.start == 0 && r.end >= total);
         origin::strip_framing(&mut answer.headers);
-        let too_large = self
-            .inner
-            .config
-            .max_object_bytes
-            .is_some_and(|max| total > max);
-        let storable = self.store(&request.demands, 200, &answer.headers, &answer);
-        if too_large || storable.is_err() {
-            self.is_not_stored(request, 200, storable.err(), flight)
-                .await;
-        }
+        let storable = self.judge_storable(request, 200, &answer.headers, &answer, Some(total));
         let freshness = match storable {
-            Ok(freshness) if !too_large => freshness,
-            // A client that wants a range gets it from the origin.
-            _ if covers_all && wants_range(request) => return Act::Done(Outcome::Uncacheable),
-            _ if covers_all => {
+            Ok(freshness) => freshness,
+            Err(why) => {
+                self.is_not_stored(request, 200, why, flight).await;
+                if !covers_all {
+                    // The client gets it by a request of its own.
+                    let authorized = request.demands.authorized;
+                    self.inner.uncacheable.note(request.key, authorized);
+                    return Act::Done(Outcome::Uncacheable);
+                }
+                // A client that wants a range gets it from the origin.
+                if wants_range(request) {
+                    return Act::Done(Outcome::Uncacheable);
+                }
                 answer.status = 200;
                 answer.length = Some(total);
-                return Act::Done(self.relay(answer, flight));
-            }
-            _ => {
-                // The client gets it by a request of its own.
-                let authorized = request.demands.authorized;
-                self.inner.uncacheable.note(request.key, authorized);
-                return Act::Done(Outcome::Uncacheable);
+                return Act::Done(self.relay(answer, why, flight));
             }
         };
         let version = self.version(&answer, Some(total), false);
@@ -480,17 +474,13 @@ impl Engine {
         answer: OriginAnswer,
         flight: &Arc<ManifestFlight>,
     ) -> Outcome {
-        let too_large = match (self.inner.config.max_object_bytes, answer.length) {
-            (Some(max), Some(length)) => length > max,
-            _ => false,
-        };
-        let storable = self.store(&request.demands, status, &answer.headers, &answer);
-        let freshness = match storable {
-            Ok(freshness) if !too_large => freshness,
-            _ => {
-                self.is_not_stored(request, status, storable.err(), flight)
-                    .await;
-                return self.relay(answer, flight);
+        let length = answer.length;
+        let freshness = match self.judge_storable(request, status, &answer.headers, &answer, length)
+        {
+            Ok(freshness) => freshness,
+            Err(why) => {
+                self.is_not_stored(request, status, why, flight).await;
+                return self.relay(answer, why, flight);
             }
         };
         let version = self.version(&answer, answer.length, true);
@@ -509,16 +499,16 @@ impl Engine {
         Outcome::Object(self.keep_for_asker(request.key, manifest), Resolution::Miss)
     }
 
-    /// An answer is not stored (`None`: it is too large), and takes away what is,
-    /// of all variants, where it is in its place (RFC 9111 section 4).
+    /// An answer is not stored, and takes away what is, of all variants, where it is
+    /// in its place (RFC 9111 section 4).
     pub(super) async fn is_not_stored(
         &self,
         request: &Request,
         status: u16,
-        why: Option<NotStored>,
+        why: NotStored,
         flight: &ManifestFlight,
     ) {
-        tracing::debug!(url = %request.url, why = why.map_or("too-large", NotStored::as_str), "not stored");
+        tracing::debug!(url = %request.url, why = why.as_str(), "not stored");
         if self.takes_away(request, status, why).await {
             flight.took_away.store(true, Ordering::Relaxed);
         }
@@ -526,13 +516,8 @@ impl Engine {
 
     /// What follows here from an answer that is not stored; whether what was stored
     /// is gone.
-    pub(super) async fn takes_away(
-        &self,
-        request: &Request,
-        status: u16,
-        why: Option<NotStored>,
-    ) -> bool {
-        if why.is_some_and(is_for_one) {
+    pub(super) async fn takes_away(&self, request: &Request, status: u16, why: NotStored) -> bool {
+        if is_for_one(why) {
             let authorized = request.demands.authorized;
             self.inner.unshared.note(request.key, authorized);
         }
@@ -547,7 +532,12 @@ impl Engine {
         true
     }
 
-    pub(super) fn relay(&self, mut answer: OriginAnswer, flight: &Arc<ManifestFlight>) -> Outcome {
+    pub(super) fn relay(
+        &self,
+        mut answer: OriginAnswer,
+        why: NotStored,
+        flight: &Arc<ManifestFlight>,
+    ) -> Outcome {
         answer.headers.remove(http::header::CONTENT_LENGTH);
         let others = Others::of(answer.status);
         flight.put_relay(Relay {
@@ -555,27 +545,35 @@ impl Engine {
             headers: answer.headers,
             length: answer.length,
             forwarded: Forwarded::default(),
+            why,
             informational: Informational::new(),
             body: RelayBody::Origin(Box::new(answer.body)),
         });
         Outcome::Relay(others)
     }
 
-    pub(super) fn store(
+    /// Whether an answer of the origin may be stored; `length` is the object's, where
+    /// it is known and counts.
+    pub(super) fn judge_storable(
         &self,
-        demands: &Demands,
+        request: &Request,
         status: u16,
         headers: &HeaderMap,
         answer: &OriginAnswer,
+        length: Option<u64>,
     ) -> Result<Freshness, NotStored> {
-        freshness::store(
+        let freshness = freshness::store(
             &self.inner.policy,
-            demands,
+            &request.demands,
             status,
             headers,
             answer.asked_ms,
             answer.received_ms,
-        )
+        )?;
+        match length.is_some_and(|length| self.is_too_large(length)) {
+            true => Err(NotStored::TooLarge),
+            false => Ok(freshness),
+        }
     }
 
     pub(super) fn version(
@@ -785,8 +783,11 @@ fn wants_range(request: &Request) -> bool {
 /// Whether an answer that is not stored shows that what is stored is not what the
 /// origin has for others: not where it may be about the one client that asked
 /// (RFC 9111 section 4.3.3), and not where the origin fails.
-fn ends_what_is_stored(status: u16, why: Option<NotStored>) -> bool {
-    why != Some(NotStored::Authorized) && (status < 400 || matches!(status, 404 | 410))
+fn ends_what_is_stored(status: u16, why: NotStored) -> bool {
+    use NotStored::{Authorized, PartDoesNotFit, PassedAsPart};
+    // A part says nothing of the rest.
+    let is_silent = matches!(why, Authorized | PartDoesNotFit | PassedAsPart);
+    !is_silent && (status < 400 || matches!(status, 404 | 410))
 }
 
 /// Whether an answer is not stored because it is for one client, or for one request.
@@ -797,7 +798,12 @@ fn is_for_one(why: NotStored) -> bool {
         | NotStored::Authorized
         | NotStored::SetCookie
         | NotStored::VaryAny => true,
-        NotStored::Status | NotStored::NoFreshness | NotStored::Encoded | NotStored::Tags => false,
+        NotStored::Status
+        | NotStored::NoFreshness
+        | NotStored::Tags
+        | NotStored::TooLarge
+        | NotStored::PassedAsPart
+        | NotStored::PartDoesNotFit => false,
     }
 }
 

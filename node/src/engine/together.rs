@@ -63,7 +63,7 @@ pub(super) struct ManifestFlight {
     pub(super) gone: Option<Generation>,
     outcome: watch::Sender<Option<Outcome>>,
     /// The origin's answer where it may not be shared: for whoever started it.
-    pub(super) relay: Mutex<Option<Relay>>,
+    relay: Mutex<Option<Relay>>,
     /// What the origin said before its answer: for whoever started it.
     informational: Mutex<Informational>,
     /// The owner had it from somebody else's request: for whoever started it.

@@ -530,7 +530,7 @@ impl Engine {
         }
     }
 
-    fn is_too_large(&self, bytes: u64) -> bool {
+    pub(super) fn is_too_large(&self, bytes: u64) -> bool {
         let max = self.inner.config.max_object_bytes;
         max.is_some_and(|max| bytes > max)
     }
