@@ -13,8 +13,8 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, CONTENT_RANGE, HOST, HeaderMap, RANGE, TE,
-    TRAILER, TRANSFER_ENCODING, UPGRADE,
+    ACCEPT_ENCODING, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HOST, HeaderMap,
+    RANGE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use http::{HeaderName, HeaderValue};
 use pingora_core::ErrorType;
@@ -100,6 +100,46 @@ pub struct OriginAnswer {
     pub informational: Informational,
     /// The body.
     pub body: OriginBody,
+}
+
+impl OriginAnswer {
+    /// Whether a 206 brings the bytes that were asked for as they are, up to the
+    /// object's end; its range.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn fits(&self, asked: &Range<u64>) -> Result<ContentRange, Misfit> {
+        if self.headers.contains_key(CONTENT_ENCODING) {
+            return Err(Misfit::Encoded);
+        }
+        let range = content_range(&self.headers).ok_or(Misfit::ContentRange)?;
+        let end = range.total.map_or(asked.end, |total| asked.end.min(total));
+        let fits = range.bytes == Some(asked.start..end)
+            && self.length.is_none_or(|length| length == end - asked.start);
+        match fits {
+            true => Ok(range),
+            false => Err(Misfit::ContentRange),
+        }
+    }
+}
+
+/// Why a 206 is not what was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misfit {
+    /// Its bytes are encoded.
+    Encoded,
+    /// It names other bytes, or none, or has not as many as it names.
+    ContentRange,
+}
+
+impl Misfit {
+    /// The reason of the fault.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Misfit::Encoded => "encoded",
+            Misfit::ContentRange => "content-range",
+        }
+    }
 }
 
 /// A body under way. Dropped before its end, the connection is closed.
@@ -486,12 +526,10 @@ pub fn strip_framing(headers: &mut HeaderMap) {
 }
 
 /// A Content-Range of RFC 9110 section 14.4, read strictly.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContentRange {
-    /// First byte; `None` in an unsatisfied range.
-    pub first: Option<u64>,
-    /// Last byte, included.
-    pub last: u64,
+    /// The bytes; `None` in an unsatisfied range.
+    pub bytes: Option<Range<u64>>,
     /// Length of the whole; `None` for `*`.
     pub total: Option<u64>,
 }
@@ -520,18 +558,13 @@ pub fn content_range(headers: &HeaderMap) -> Option<ContentRange> {
         Some(number(total)?)
     };
     if range == "*" {
-        return Some(ContentRange {
-            first: None,
-            last: 0,
-            total,
-        });
+        return Some(ContentRange { bytes: None, total });
     }
     let (first, last) = range.split_once('-')?;
-    let (first, last) = (number(first)?, number(last)?);
-    let consistent = first <= last && total.is_none_or(|total| last < total);
+    let bytes = number(first)?..number(last)?.checked_add(1)?;
+    let consistent = !bytes.is_empty() && total.is_none_or(|total| bytes.end <= total);
     consistent.then_some(ContentRange {
-        first: Some(first),
-        last,
+        bytes: Some(bytes),
         total,
     })
 }
@@ -551,24 +584,21 @@ mod tests {
         assert_eq!(
             range("bytes 0-9/10"),
             Some(ContentRange {
-                first: Some(0),
-                last: 9,
+                bytes: Some(0..10),
                 total: Some(10)
             })
         );
         assert_eq!(
             range("Bytes 5-9/*"),
             Some(ContentRange {
-                first: Some(5),
-                last: 9,
+                bytes: Some(5..10),
                 total: None
             })
         );
         assert_eq!(
             range("bytes */10"),
             Some(ContentRange {
-                first: None,
-                last: 0,
+                bytes: None,
                 total: Some(10)
             })
         );
@@ -581,6 +611,7 @@ mod tests {
             "bytes a-1/2",
             "bytes -1/2",
             "bytes 0-1/99999999999999999999999",
+            "bytes 0-18446744073709551615/*",
         ] {
             assert_eq!(range(bad), None, "{bad}");
         }

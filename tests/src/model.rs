@@ -53,8 +53,8 @@ pub fn ranges(value: &str, length: u64) -> Option<Vec<Option<(u128, u128)>>> {
     Some(ranges)
 }
 
-/// RFC 9110 section 14.4, for numbers below 2^64; `None` unless well-formed
-/// and consistent in itself.
+/// RFC 9110 section 14.4, for numbers below 2^64, of objects that have at most
+/// 2^64 - 1 bytes; `None` unless well-formed and consistent in itself.
 pub fn content_range(value: &str) -> Option<ContentRange> {
     let number = |text: &str| digits(text).filter(|number| *number <= u128::from(u64::MAX));
     let (unit, rest) = value.trim().split_once(' ')?;
@@ -71,7 +71,8 @@ pub fn content_range(value: &str) -> Option<ContentRange> {
     }
     let (first, last) = range.split_once('-')?;
     let (first, last) = (number(first)?, number(last)?);
-    let consistent = first <= last && total.is_none_or(|total| last < total);
+    let most = u128::from(u64::MAX);
+    let consistent = first <= last && last < total.unwrap_or(most);
     consistent.then_some((Some(first), last, total))
 }
 

@@ -917,9 +917,8 @@ impl Engine {
                 reason,
             })
         };
-        let range = origin::content_range(&answer.headers);
         let length = match answer.status {
-            206 => range.and_then(|range| range.total),
+            206 => origin::content_range(&answer.headers).and_then(|range| range.total),
             _ => answer.length,
         };
         let same = same_version(&fill.version, answer)
@@ -944,8 +943,7 @@ impl Engine {
                 }
             }
             206 => {
-                let other_total =
-                    range.is_some_and(|r| r.total.is_some() && r.total != fill.version.length);
+                let other_total = length.is_some() && length != fill.version.length;
                 if other_total && fill.version.length.is_some() {
                     fault("length");
                     // The tag says that it is the same: a lie, unless it stays.
@@ -957,17 +955,10 @@ impl Engine {
                         Retry::No(error)
                     });
                 }
-                let fits = range
-                    .is_some_and(|r| r.first == Some(asked.start) && r.last + 1 == asked.end)
-                    && answer
-                        .length
-                        .is_none_or(|length| length == asked.end - asked.start)
-                    && !answer.headers.contains_key(http::header::CONTENT_ENCODING);
-                if !fits {
-                    fault("content-range");
-                    return Err(failed("wrong range".into()));
-                }
-                Ok(())
+                answer.fits(asked).map(drop).map_err(|misfit| {
+                    fault(misfit.as_str());
+                    failed(misfit.as_str().to_owned())
+                })
             }
             200 if answer.headers.contains_key(http::header::CONTENT_ENCODING)
                 && !fill.version.whole =>

@@ -22,7 +22,7 @@ use super::{Engine, Forwarded, Relay, RelayBody, Request};
 use crate::budget::Budget;
 use crate::freshness::{NotStored, unix_ms};
 use crate::manifest::{self, Manifest, Stored};
-use crate::origin::{self, ContentRange, OriginAnswer, OriginBody, OriginError};
+use crate::origin::{self, OriginAnswer, OriginBody, OriginError};
 use crate::plan;
 use crate::stitch::Fault;
 
@@ -101,22 +101,21 @@ impl PartRange {
     const SLICES_MAX: u64 = 1024;
 
     /// The range of a 206, where it is consistent and exactly what the client wants.
-    pub(super) fn answering(
-        request: &Request,
-        range: Option<ContentRange>,
-        length: Option<u64>,
-    ) -> Option<PartRange> {
-        let part = PartRange::of(range?)?;
+    pub(super) fn answering(request: &Request, answer: &OriginAnswer) -> Option<PartRange> {
+        let part = PartRange::of(&answer.headers)?;
         let headers = manifest::to_map(&request.origin.headers);
         let wanted = plan::single_range(&headers, part.total)?;
+        let length = answer.length;
         let consistent = length.is_none_or(|length| length == part.end - part.start);
         (consistent && wanted == (part.start..part.end)).then_some(part)
     }
 
-    fn of(range: ContentRange) -> Option<PartRange> {
+    fn of(headers: &HeaderMap) -> Option<PartRange> {
+        let range = origin::content_range(headers)?;
+        let bytes = range.bytes?;
         Some(PartRange {
-            start: range.first?,
-            end: range.last + 1,
+            start: bytes.start,
+            end: bytes.end,
             total: range.total?,
         })
     }
@@ -124,19 +123,13 @@ impl PartRange {
     /// An answer to `bytes=-count` that has as many bytes, under a label that
     /// counts one more: from an origin that takes the last byte's position for
     /// the end. The bytes are what was asked for, and the object ends with them.
-    fn off_by_one(
-        count: u64,
-        range: Option<ContentRange>,
-        length: Option<u64>,
-    ) -> Option<PartRange> {
-        let label = PartRange::of(range?)?;
-        let is_so = length == Some(count)
-            && label.end == label.total
-            && label.end - label.start == count + 1;
+    fn off_by_one(self, count: u64, length: Option<u64>) -> Option<PartRange> {
+        let is_so =
+            length == Some(count) && self.end == self.total && self.end - self.start == count + 1;
         is_so.then_some(PartRange {
-            end: label.end - 1,
-            total: label.total - 1,
-            ..label
+            end: self.end - 1,
+            total: self.total - 1,
+            ..self
         })
     }
 
@@ -147,8 +140,7 @@ impl PartRange {
 
     /// Why the 206 with these fields was passed on as it came.
     pub(super) fn why_passed(headers: &HeaderMap, bytes_max: u32) -> NotStored {
-        let part = origin::content_range(headers).and_then(PartRange::of);
-        match part.is_some_and(|part| part.fits(headers, bytes_max)) {
+        match PartRange::of(headers).is_some_and(|part| part.fits(headers, bytes_max)) {
             true => NotStored::PassedAsPart,
             false => NotStored::PartDoesNotFit,
         }
@@ -239,24 +231,24 @@ impl Engine {
         answer: OriginAnswer,
         flight: &Arc<ManifestFlight>,
     ) -> Act {
-        let range = origin::content_range(&answer.headers);
+        let label = PartRange::of(&answer.headers);
         match probe.open.take() {
             Some(OpenRange::Suffix(count)) => {
-                if let Some(part) = PartRange::answering(request, range, answer.length) {
+                if let Some(part) = PartRange::answering(request, &answer) {
                     return Act::Done(self.part(request, part, None, answer, flight).await);
                 }
                 // A label of another range, but consistent in itself: the next
                 // request may complete it.
-                let labelled = range.and_then(PartRange::of).filter(|part| {
+                let labelled = label.filter(|part| {
                     answer.length == Some(part.end - part.start) && part.end - part.start == count
                 });
-                let off_by_one = PartRange::off_by_one(count, range, answer.length);
+                let off_by_one = label.and_then(|label| label.off_by_one(count, answer.length));
                 if let Some(part) = labelled.or(off_by_one) {
                     return Act::Done(self.passed_part(request, part, answer, flight).await);
                 }
             }
             Some(OpenRange::Rest(held)) => {
-                let rest = range.and_then(PartRange::of).filter(|rest| {
+                let rest = label.filter(|rest| {
                     let etag = answer.headers.get(http::header::ETAG);
                     rest.start == held.end()
                         && rest.end == rest.total

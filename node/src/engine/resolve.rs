@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use http::header::{
-    ACCEPT_ENCODING, ACCEPT_RANGES, CONTENT_ENCODING, DATE, ETAG, HeaderMap, IF_MODIFIED_SINCE,
-    IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED,
+    ACCEPT_ENCODING, ACCEPT_RANGES, DATE, ETAG, HeaderMap, IF_MODIFIED_SINCE, IF_NONE_MATCH,
+    IF_RANGE, LAST_MODIFIED,
 };
 use pingora_slice_cluster::purge::Subject;
 use pingora_slice_cluster::slice::{slice_at, slice_range};
@@ -21,7 +21,7 @@ use super::{Engine, Failure, Fill, Forwarded, Relay, RelayBody, Request, holds_w
 use crate::config::OriginProbe;
 use crate::freshness::{self, NotStored, TAGS_MAX, unix_ms};
 use crate::manifest::{self, Freshness, Identity, Manifest, Stored};
-use crate::origin::{self, OriginAnswer, OriginAsk, OriginError};
+use crate::origin::{self, Misfit, OriginAnswer, OriginAsk, OriginError};
 use crate::plan;
 use crate::stitch::Fault;
 use crate::url::Url;
@@ -278,30 +278,16 @@ impl Engine {
                 let Some(asked) = probe.range.clone() else {
                     return Act::TryAgain;
                 };
-                let range = origin::content_range(&answer.headers);
-                let fits = range.and_then(|range| {
-                    let total = range.total?;
-                    let end = asked.end.min(total);
-                    (range.first == Some(asked.start) && range.last + 1 == end).then_some(total)
-                });
-                let length_fits = fits.is_some_and(|total| {
-                    answer
-                        .length
-                        .is_none_or(|length| length == asked.end.min(total) - asked.start)
-                });
-                let encoded = answer.headers.contains_key(CONTENT_ENCODING);
-                match fits {
-                    Some(total) if length_fits && !encoded => {
-                        self.sliced(request, probe, total, answer, flight).await
-                    }
-                    _ if let Some(part) = PartRange::answering(request, range, answer.length) => {
+                let fits = answer.fits(&asked);
+                match fits.and_then(|range| range.total.ok_or(Misfit::ContentRange)) {
+                    Ok(total) => self.sliced(request, probe, total, answer, flight).await,
+                    Err(_) if let Some(part) = PartRange::answering(request, &answer) => {
                         let held = self.held_part(request, flight.gone).await;
                         Act::Done(self.part(request, part, held, answer, flight).await)
                     }
-                    _ => {
-                        let reason = if encoded { "encoded" } else { "content-range" };
+                    Err(misfit) => {
                         self.inner.stitch.report(Fault {
-                            reason,
+                            reason: misfit.as_str(),
                             url: &request.url,
                             asked: Some(asked),
                             expected: None,

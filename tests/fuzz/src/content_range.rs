@@ -12,18 +12,19 @@ pub fn check(data: &[u8]) {
     let mut headers = HeaderMap::new();
     headers.insert(CONTENT_RANGE, value.clone());
     let ours = origin::content_range(&headers);
-    let wide = ours.map(|range| {
-        let first = range.first.map(u128::from);
-        (first, u128::from(range.last), range.total.map(u128::from))
+    let wide = ours.clone().map(|range| {
+        let first = range.bytes.as_ref().map(|bytes| u128::from(bytes.start));
+        let last = range.bytes.map_or(0, |bytes| u128::from(bytes.end - 1));
+        (first, last, range.total.map(u128::from))
     });
     assert_eq!(wide, value.to_str().ok().and_then(model::content_range));
     // What is written as we read it is read as the same.
-    if let Some(range) = ours {
+    if let Some(range) = &ours {
         let total = range
             .total
             .map_or("*".to_owned(), |total| total.to_string());
-        let text = match range.first {
-            Some(first) => format!("bytes {first}-{}/{total}", range.last),
+        let text = match &range.bytes {
+            Some(bytes) => format!("bytes {}-{}/{total}", bytes.start, bytes.end - 1),
             None => format!("bytes */{total}"),
         };
         headers.insert(CONTENT_RANGE, text.parse().expect("visible"));

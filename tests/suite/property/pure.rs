@@ -207,10 +207,10 @@ fn p17_content_range_validation() {
             CONTENT_RANGE,
             HeaderValue::from_str(&text).expect("visible"),
         );
-        let ours = content_range(&headers).map(|ContentRange { first, last, total }| {
+        let ours = content_range(&headers).map(|ContentRange { bytes, total }| {
             (
-                first.map(u128::from),
-                u128::from(last),
+                bytes.as_ref().map(|bytes| u128::from(bytes.start)),
+                bytes.map_or(0, |bytes| u128::from(bytes.end - 1)),
                 total.map(u128::from),
             )
         });
