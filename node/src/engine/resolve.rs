@@ -134,17 +134,13 @@ impl Engine {
 
     /// Counts a request to the origin with all of its tries. One that brings a new
     /// object is counted as the fill that it is.
-    pub(super) fn count(&self, outcome: &Outcome, flight: &ManifestFlight) {
+    pub(super) fn count(&self, outcome: &Outcome) {
         let metrics = &self.inner.metrics;
-        let relayed = || flight.relay.lock().expect("no panic while held");
         match outcome {
             Outcome::Object(_, Resolution::Miss) => return,
-            Outcome::Relay
-                if (relayed().as_ref()).is_some_and(|relay| is_passing_failure(relay.status)) =>
-            {
-                metrics.failed_subrequests_total.inc();
-            }
-            Outcome::Object(_, Resolution::Stale) | Outcome::Failed { .. } => {
+            Outcome::Object(_, Resolution::Stale)
+            | Outcome::Failed { .. }
+            | Outcome::Relay(Others::Fail(_)) => {
                 metrics.failed_subrequests_total.inc();
             }
             _ => {}

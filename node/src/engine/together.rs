@@ -414,7 +414,7 @@ impl Engine {
                 }
                 None => {
                     let outcome = engine.ask_origin(&request, held.clone(), &begun).await;
-                    engine.count(&outcome, &begun);
+                    engine.count(&outcome);
                     if let Some(old) = held.filter(|old| begun.replaces(&outcome, old)) {
                         engine
                             .tell_replaced(&request, old.manifest.generation)
