@@ -155,9 +155,11 @@ impl Shared {
     }
 
     /// Whether this node would vote for one whose log ends at `last_log`: as
-    /// openraft, not within the lease of a leader, nor for a shorter log.
+    /// openraft, not within the lease of a leader, nor for a shorter log. A leader
+    /// that no quorum answers would vote for one whom more can hear.
     pub(super) fn would_vote(&self, last_log: Option<LogId<u64>>) -> bool {
-        !self.is_leader() && self.leader_heard.ago() >= ELECTION_MAX && last_log >= self.last_log()
+        let leads = self.is_leader() && !self.is_deserted();
+        !leads && self.leader_heard.ago() >= ELECTION_MAX && last_log >= self.last_log()
     }
 
     pub(super) fn is_leader(&self) -> bool {
