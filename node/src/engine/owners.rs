@@ -10,6 +10,7 @@ use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, Resolution, Resolv
 use pingora_slice_cluster::{Generation, NodeId, ObjectKey};
 
 use super::part::PartRange;
+use super::resolve::is_for_one;
 use super::{
     Engine, Failure, Forwarded, Found, Held, Relay, RelayBody, Request, Resolved, Verdict,
 };
@@ -138,7 +139,8 @@ impl Engine {
                 if manifest.url != *request.url {
                     return None;
                 }
-                if !kept {
+                let headers = || manifest::to_map(&manifest.headers);
+                if !kept && is_for_one(self.why_not_kept(request, manifest.status, &headers())) {
                     let authorized = request.demands.authorized;
                     self.inner.unshared.note(request.key, authorized);
                 }
@@ -172,7 +174,7 @@ impl Engine {
                 informational,
             } => {
                 let headers = manifest::to_map(&headers);
-                let why = self.why_relayed(request, status, &headers);
+                let why = self.why_not_kept(request, status, &headers);
                 self.takes_away(request, status, why).await;
                 let length = headers
                     .get(http::header::CONTENT_LENGTH)
@@ -203,8 +205,8 @@ impl Engine {
         }
     }
 
-    /// Why an owner relays an answer of the origin: it judged it as is done here.
-    fn why_relayed(&self, request: &Request, status: u16, headers: &HeaderMap) -> NotStored {
+    /// Why an owner does not keep an answer of the origin: it judged it as is done here.
+    fn why_not_kept(&self, request: &Request, status: u16, headers: &HeaderMap) -> NotStored {
         let now_ms = unix_ms(SystemTime::now());
         let policy = &self.inner.policy;
         match freshness::store(policy, &request.demands, status, headers, now_ms, now_ms) {

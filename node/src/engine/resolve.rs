@@ -773,7 +773,7 @@ fn ends_what_is_stored(status: u16, why: NotStored) -> bool {
 }
 
 /// Whether an answer is not stored because it is for one client, or for one request.
-fn is_for_one(why: NotStored) -> bool {
+pub(super) fn is_for_one(why: NotStored) -> bool {
     match why {
         NotStored::NoStore
         | NotStored::Private
