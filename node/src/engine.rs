@@ -81,6 +81,8 @@ pub struct Request {
     pub first_byte: u64,
     /// Whether the object is fetched in slices.
     pub sliced: bool,
+    /// From 0 to 1: what is left to chance is decided once for a request.
+    pub chance: f64,
 }
 
 /// What a fill sends to the origin; built lazily: hits never need it.
@@ -464,10 +466,10 @@ impl Engine {
         }
         let manifest = &found.object.manifest;
         match self.is_keeper(request.key, manifest.place(touched.index)) {
-            true => Ok(self.little_on_disk(id, manifest, touched).await),
+            true => Ok(self.little_on_disk(request, id, manifest, touched).await),
             false => {
                 let fill = Fill::of(request.key, manifest, &request.origin, touched.index);
-                let Some(reader) = self.open_little(&fill, touched) else {
+                let Some(reader) = self.open_little(request, &fill, touched, None) else {
                     return Ok(None);
                 };
                 let flight = reader.flight().clone();
@@ -479,6 +481,7 @@ impl Engine {
 
     async fn little_on_disk(
         &self,
+        request: &Request,
         id: SliceId,
         manifest: &Manifest,
         touched: &Touched,
@@ -488,7 +491,7 @@ impl Engine {
         let start = u64::from(touched.index) * slice_bytes;
         // The last one is shorter, and the only one of a small object.
         let slice_bytes = (manifest.length()? - start).min(slice_bytes);
-        if is_worth_reading_whole(wanted, slice_bytes as u32, rand::random()) {
+        if is_worth_reading_whole(wanted, slice_bytes as u32, request.chance) {
             return None;
         }
         let l2 = self.inner.l2.as_ref()?;
@@ -613,10 +616,10 @@ impl Engine {
             return reader;
         }
         let fill = Fill::of(request.key, manifest, &request.origin, touched.index);
-        if let Some(reader) = self.open_little(&fill, &touched) {
+        let is_ahead = ahead.is_some();
+        if let Some(reader) = self.open_little(request, &fill, &touched, ahead.clone()) {
             return self.read_flight(reader, false, false);
         }
-        let is_ahead = ahead.is_some();
         let permit = ahead.or_else(|| self.inner.budget.ahead(fill.end().into()));
         let opened = match &permit {
             Some(permit) => self.open_cached(&fill, &touched, permit, is_ahead),
@@ -756,7 +759,8 @@ impl Engine {
             // One conditional request for the cluster: the owner's flight collects the rest.
             let held = engine.held(&request, None).await;
             let asked = engine.ask_owners(&request, held.as_ref(), None);
-            if asked.await.is_none() {
+            // An owner that only passes it on says nothing of what is held here.
+            if matches!(asked.await, None | Some(Resolved::Pass(_))) {
                 let _ = engine.resolve_at_origin(&request, held, None, true).await;
             }
         });

@@ -127,6 +127,11 @@ impl Source {
         matches!(self, Source::Peer | Source::PeerFill)
     }
 
+    /// Whether the origin had to be asked.
+    pub fn is_miss(self) -> bool {
+        matches!(self, Source::PeerFill | Source::Origin)
+    }
+
     /// What it is for bytes that the origin gave with a new manifest, wherever
     /// they lay when they were read.
     pub fn as_new(self) -> Source {
@@ -329,6 +334,11 @@ impl Flight {
     /// Bytes landed so far, counted from the start of `range`.
     pub fn bytes(&self) -> u32 {
         self.landed().bytes
+    }
+
+    /// Whether its parts are views of more than these bytes, which they would keep.
+    pub fn are_views_beyond(&self, range: &Range<u32>) -> bool {
+        (self.landed().views_of).is_some_and(|bytes| bytes > range.len().max(PAGE_BYTES))
     }
 
     /// The slice's byte that lands next.

@@ -244,6 +244,7 @@ impl Front {
                 _ => 0,
             },
             sliced,
+            chance: rand::random(),
         })
     }
 
@@ -251,7 +252,7 @@ impl Front {
     async fn serve(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         let head = session.req_header();
         let fields = Arc::new(head.headers.clone());
-        let request = match self.request(head, &fields) {
+        let mut request = match self.request(head, &fields) {
             Disposition::Cacheable(request) => request,
             Disposition::Pass(why) => {
                 ctx.passed = Some(why);
@@ -267,6 +268,7 @@ impl Front {
         if let Some(known) = connection::known_of(request.key) {
             (resolved, gone) = (known.resolved, known.gone);
             ctx.started = known.started;
+            request.chance = known.chance;
         }
         ctx.fenced = !self.engine.cluster().may_serve();
         if ctx.fenced {

@@ -68,6 +68,8 @@ enum Opened {
         bytes: u64,
         /// Flights of somebody else that have failed us.
         failed: usize,
+        /// Where a part of it came from that the origin had to be asked for.
+        missed: Option<Source>,
     },
 }
 
@@ -147,6 +149,7 @@ impl<'a> Pieces<'a> {
                         part,
                         bytes: 0,
                         failed: 0,
+                        missed: None,
                     });
                     // The client need not wait for the others to be read.
                     if was_read {
@@ -175,10 +178,12 @@ impl<'a> Pieces<'a> {
                     reader,
                     part,
                     bytes,
+                    missed,
                     ..
                 } => {
                     if bytes > 0 {
-                        count(&mut self.is_new, metrics, &reader, bytes);
+                        let source = missed.unwrap_or_else(|| reader.source());
+                        count(&mut self.is_new, metrics, source, bytes);
                     }
                     let slice_start = u64::from(part.index) * u64::from(version.slice_bytes);
                     let start = slice_start + u64::from(part.start) + bytes;
@@ -247,6 +252,7 @@ impl<'a> Pieces<'a> {
                     part,
                     bytes,
                     failed,
+                    missed,
                 } => {
                     let asked = Instant::now();
                     let next = reader.next(self.form).await;
@@ -276,10 +282,13 @@ impl<'a> Pieces<'a> {
                             *reader = self.engine.open(self.request, object, rest, None);
                         }
                         Some(Err(error)) => {
-                            count(&mut self.is_new, metrics, reader, *bytes);
+                            let source = missed.unwrap_or_else(|| reader.source());
+                            count(&mut self.is_new, metrics, source, *bytes);
                             return Some(Err(error));
                         }
                         None if reader.has_more() => {
+                            let source = reader.source();
+                            *missed = missed.or_else(|| source.is_miss().then_some(source));
                             let rest = Touched {
                                 start: part.start + *bytes as u32,
                                 ..*part
@@ -288,7 +297,8 @@ impl<'a> Pieces<'a> {
                             *reader = self.engine.open(self.request, object, rest, None);
                         }
                         None => {
-                            count(&mut self.is_new, metrics, reader, *bytes);
+                            let source = missed.unwrap_or_else(|| reader.source());
+                            count(&mut self.is_new, metrics, source, *bytes);
                             let wanted = u64::from(part.end - part.start);
                             let short = match self.found.object.manifest.length() {
                                 Some(_) => *bytes != wanted,
@@ -375,10 +385,10 @@ fn may_be_had_again(error: &FillError, reader: &SliceReader) -> bool {
 }
 
 /// Counts a slice of an answer, and that those after it are not the first.
-fn count(is_new: &mut bool, metrics: &Metrics, reader: &SliceReader, bytes: u64) {
+fn count(is_new: &mut bool, metrics: &Metrics, source: Source, bytes: u64) {
     let source = match std::mem::take(is_new) {
-        true => reader.source().as_new(),
-        false => reader.source(),
+        true => source.as_new(),
+        false => source,
     };
     count_slice(metrics, source, bytes);
 }

@@ -178,3 +178,36 @@ async fn a_small_range_of_a_peers_slice_costs_its_bytes() {
         "the origin gives nothing twice"
     );
 }
+
+/// What little is wanted of a slice again and again comes into memory, wherever
+/// the slice lies.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_range_that_is_asked_for_often_comes_into_memory() {
+    const RANGE: u64 = 8 * 1024;
+    const OFTEN: u64 = 3000;
+    let cluster = Options::cluster(3)
+        .set("l1_cache_size_bytes", "64m")
+        .start()
+        .await;
+    let film = cluster.origin.publish("/film", 24 * SLICE_BYTES);
+    cluster.node(2).read(&film).await;
+    let node = cluster.node(1);
+    let before = node.metric("bytes_from_peers_total").await;
+    // A slice of another node: the first ones of all are.
+    let mut theirs = None;
+    for index in 1..24 {
+        let first = index * SLICE_BYTES + 5;
+        node.read_range(&film, first, first + RANGE).await;
+        if node.metric("bytes_from_peers_total").await > before {
+            theirs = Some(first);
+            break;
+        }
+    }
+    let first = theirs.expect("a slice of another node");
+    for _ in 0..OFTEN {
+        node.read_range(&film, first, first + RANGE).await;
+    }
+    let crossed = node.metric("bytes_from_peers_total").await - before;
+    // One in 128 brings the slice, and it stays.
+    assert!(crossed < (OFTEN * RANGE) as f64 * 0.75, "{crossed}");
+}

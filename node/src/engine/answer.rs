@@ -70,6 +70,7 @@ impl Engine {
             demands,
             first_byte: ask.first_byte,
             sliced: ask.sliced,
+            chance: rand::random(),
         };
         if let (true, Some(gone)) = (ask.stored_only, ask.gone) {
             // Another node knows that this version was replaced.
@@ -195,15 +196,7 @@ impl Engine {
         if let Some(slice) = self.inner.l1.slice(&ask.slice) {
             let end = (ask.end as usize).min(slice.len());
             match slice.parts((ask.start as usize).min(end)..end) {
-                Some(mut parts) => {
-                    if is_small {
-                        // The slice may leave memory meanwhile.
-                        parts.iter_mut().for_each(|part| {
-                            part.bytes = Bytes::copy_from_slice(&part.bytes);
-                        });
-                    }
-                    return stored(slice.len(), parts, permit);
-                }
+                Some(parts) => return stored(slice.len(), parts, permit, is_small),
                 None => self.drop_damaged(ask.slice),
             }
         }
@@ -220,11 +213,11 @@ impl Engine {
                 }
             {
                 self.keep_if_worth(fill.slice, &fill.version, || slice.clone());
-                return stored(slice.len(), parts, permit);
+                return stored(slice.len(), parts, permit, is_small);
             }
             if let Some(read) = l2.slice_range(ask.slice, ask.start, ask.end).await {
                 let parts = pages(read.bytes).collect();
-                return stored(read.slice_bytes as usize, parts, permit);
+                return stored(read.slice_bytes as usize, parts, permit, false);
             }
         }
         // Two nodes that disagree about the ring would wait for each other here.
@@ -233,7 +226,10 @@ impl Engine {
             return (Answer::Missing, None);
         }
         let permit = match is_small {
-            true => self.room_for_peer(slice_bytes).await,
+            true => {
+                drop(permit);
+                self.room_for_peer(slice_bytes).await
+            }
             false => Some(permit),
         };
         let Some(permit) = permit else {
@@ -274,8 +270,18 @@ impl Engine {
 }
 
 /// What is stored, in parts, which the permit lets stay in memory for as long
-/// as the peer takes.
-fn stored(slice_bytes: usize, parts: Vec<Part>, permit: Permit) -> (Answer, Option<Body>) {
+/// as the peer takes; as copies where it is for less than they are views of.
+fn stored(
+    slice_bytes: usize,
+    mut parts: Vec<Part>,
+    permit: Permit,
+    as_copies: bool,
+) -> (Answer, Option<Body>) {
+    if as_copies {
+        for part in &mut parts {
+            part.bytes = Bytes::copy_from_slice(&part.bytes);
+        }
+    }
     if parts.is_empty() {
         return (Answer::PastEnd, None);
     }

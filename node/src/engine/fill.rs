@@ -16,7 +16,7 @@ use pingora_slice_cluster::{NodeId, ObjectKey, PurgeIndex, SliceId};
 use super::owners::PATIENCE;
 use super::resolve::{back_off, strong_date};
 use super::tags::OtherTags;
-use super::{Engine, is_worth_reading_whole};
+use super::{Engine, Request, is_worth_reading_whole};
 use crate::budget::Permit;
 use crate::flight::{FillError, Flight, FlightReader, Flights, SliceReader, Source};
 use crate::manifest::Manifest;
@@ -161,25 +161,35 @@ impl Engine {
 
     /// Opens what is wanted of a slice where that is little, and no more of it is
     /// to be read.
-    pub(super) fn open_little(&self, fill: &Fill, touched: &Touched) -> Option<FlightReader> {
+    pub(super) fn open_little(
+        &self,
+        request: &Request,
+        fill: &Fill,
+        touched: &Touched,
+        ahead: Option<Permit>,
+    ) -> Option<FlightReader> {
         let slice_bytes = fill.slice_bytes()?;
         let wanted = touched.start..touched.end.min(slice_bytes);
         if wanted.len() > slice_bytes as usize / LITTLE
-            || is_worth_reading_whole(wanted.end - wanted.start, slice_bytes, rand::random())
+            || is_worth_reading_whole(wanted.end - wanted.start, slice_bytes, request.chance)
         {
             return None;
         }
-        let permit = match wanted.len() > PAGE_BYTES {
-            true => Some(self.inner.budget.ahead(wanted.len() as u64)?),
-            // Covered by the connection's own share.
-            false => None,
+        let permit = match ahead {
+            None if wanted.len() > PAGE_BYTES => {
+                Some(self.inner.budget.ahead(wanted.len() as u64)?)
+            }
+            // Without one it is what the connection's own share covers.
+            ahead => ahead,
         };
         self.open_part(fill, wanted, permit)
     }
 
     /// Opens the first page of what is wanted of a slice, which the connection's own
-    /// share covers: there is no memory for more.
+    /// share covers: there is no memory for more. Not without a disk: a slice that
+    /// memory has lost would be fetched for each page.
     pub(super) fn open_page(&self, fill: &Fill, touched: &Touched) -> Option<SliceReader> {
+        self.inner.l2.as_ref()?;
         let end = touched.end.min(fill.slice_bytes()?);
         let page_end = end.min(touched.start.saturating_add(PAGE_BYTES as u32));
         let reader = self.open_part(fill, touched.start..page_end, None)?;
@@ -207,12 +217,22 @@ impl Engine {
             flight.admit(permit);
         }
         let (engine, fill, filled) = (self.clone(), fill.clone(), flight.clone());
+        let guard = self.inner.fetches.guard(&flight);
         self.inner.runtime.spawn(async move {
+            let _guard = guard;
             let result = engine.fill_part(&fill, &filled).await;
             if result == Err(FillError::Changed) {
                 engine.forget_lost(&fill).await;
             }
-            filled.finish(result);
+            // Whoever reads a part goes on behind it.
+            let is_short = filled.next_byte() < filled.range.end;
+            filled.finish(match result {
+                Ok(()) if is_short => Err(FillError::Failed {
+                    status: 502,
+                    reason: "a slice ended short".into(),
+                }),
+                result => result,
+            });
         });
         Some(flight.read(part))
     }
@@ -236,32 +256,18 @@ impl Engine {
     }
 
     async fn fill_part(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
-        if self.is_keeper(fill.key, fill.place) {
-            let Range { start, end } = flight.range;
-            if let Some(l2) = &self.inner.l2
-                && let Some(read) = l2.slice_range(fill.slice, start, end).await
-                && read.bytes.len() == flight.range.len()
-            {
-                flight.land_read(read.bytes, Source::L2);
-                return Ok(());
-            }
-        } else if let Some(owner) = self.owners(fill.key, fill.place).first() {
-            match self.from_peer(*owner, fill, flight, false).await {
-                Ok(result) => return result,
-                Err(NextSource(why)) => {
-                    flight.tell();
-                    tracing::debug!(%owner, slice = ?fill.slice, %why, "owner bypassed");
-                }
-            }
+        if !self.is_keeper(fill.key, fill.place) {
+            return self.fetch_from_others(fill, flight, None).await;
         }
-        let (whole, started) = self.flight_of(fill.clone(), None);
-        let is_first = whole.is_first_to_count();
-        let result = follow(&whole, started, flight).await;
-        flight.note_source(match whole.source() {
-            Some(source) if is_first => source,
-            _ => Source::Flight,
-        });
-        result
+        let Range { start, end } = flight.range;
+        if let Some(l2) = &self.inner.l2
+            && let Some(read) = l2.slice_range(fill.slice, start, end).await
+            && read.bytes.len() == flight.range.len()
+        {
+            flight.land_read(read.bytes, Source::L2);
+            return Ok(());
+        }
+        self.from_own_fill(fill, flight, None).await
     }
 
     /// The flight that brings a slice to this node's clients, and whether this
@@ -387,6 +393,17 @@ impl Engine {
             flight.land_stored(&slice, source);
             return Ok(());
         }
+        self.fetch_from_others(fill, flight, flight.permit()).await
+    }
+
+    /// From the slice's owners, in turn, or else by this node's own fill of it,
+    /// which may have a permit for all of the slice already.
+    async fn fetch_from_others(
+        &self,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+        permit: Option<Permit>,
+    ) -> Result<(), FillError> {
         for owner in self.owners(fill.key, fill.place) {
             if owner == self.me() {
                 break;
@@ -399,7 +416,7 @@ impl Engine {
                 }
             }
         }
-        self.from_own_fill(fill, flight).await
+        self.from_own_fill(fill, flight, permit).await
     }
 
     /// The slice, checked, if it lies in this node's memory or on its disk.
@@ -491,8 +508,13 @@ impl Engine {
 
     /// The origin's bytes, through this node's own fill: shared with peers
     /// that ask this node for the same slice.
-    async fn from_own_fill(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
-        let (own, started) = self.join_fill(fill, flight.permit());
+    async fn from_own_fill(
+        &self,
+        fill: &Fill,
+        flight: &Arc<Flight>,
+        permit: Option<Permit>,
+    ) -> Result<(), FillError> {
+        let (own, started) = self.join_fill(fill, permit);
         flight.note_source(match own.is_first_to_count() {
             true => Source::Origin,
             false => Source::Flight,
@@ -1019,10 +1041,13 @@ impl From<OriginError> for Retry {
 async fn follow(other: &Arc<Flight>, started: bool, flight: &Flight) -> Result<(), FillError> {
     let mut reader = other.read(flight.next_byte()..flight.range.end);
     while let Some(part) = flight.coming(reader.next()).await {
-        let part = match started {
+        let mut part = match started {
             true => part?,
             false => part.map_err(FillError::for_others)?,
         };
+        if other.are_views_beyond(&flight.range) {
+            part.bytes = Bytes::copy_from_slice(&part.bytes);
+        }
         flight.land_among(part);
     }
     Ok(())

@@ -178,6 +178,7 @@ impl Engine {
             demands: Demands::default(),
             first_byte: 0,
             sliced: self.is_sliced(&url),
+            chance: rand::random(),
             url: url.into(),
         })
     }

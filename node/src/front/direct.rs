@@ -63,6 +63,8 @@ pub(crate) struct Known {
     pub(crate) key: ObjectKey,
     /// When the request came.
     pub(crate) started: Instant,
+    /// What was left to chance for it.
+    pub(crate) chance: f64,
     /// What may be answered with.
     pub(crate) resolved: Option<Resolved>,
     /// The version that was found to be gone.
@@ -103,10 +105,10 @@ impl Front {
             return Ok(Directly::Not(None));
         };
         let known = |resolved, gone| {
-            let key = request.key;
             Ok(Directly::Not(Some(Box::new(Known {
-                key,
+                key: request.key,
                 started,
+                chance: request.chance,
                 resolved,
                 gone,
             }))))
@@ -199,18 +201,25 @@ impl Front {
                 .observe(started.elapsed().as_secs_f64());
         };
         let answered = async {
-            match body.end - body.start <= SMALL_BYTES {
+            let given = match body.end - body.start <= SMALL_BYTES {
                 // It is landing just now: its fill alone looks for it on the disk.
                 true if found.resolution == Resolution::Miss && body.start < body.end => {
-                    Ok(Given::No)
+                    return Ok(Given::No);
                 }
                 true => {
                     self.give_small(stream, head, request, found, &body, begin)
-                        .await
+                        .await?
                 }
                 false => {
-                    self.give_large(stream, head, is_last, request, found, &body, begin)
-                        .await
+                    self.give_large(stream, head, request, found, &body, begin)
+                        .await?
+                }
+            };
+            match given {
+                Ok(given) => Ok(given),
+                Err(error) => {
+                    begin();
+                    self.refuse_directly(stream, request, &error, is_last).await
                 }
             }
         };
@@ -241,7 +250,8 @@ impl Front {
         answered
     }
 
-    /// Gives a small body, if all of it is at hand.
+    /// Gives a small body, if all of it is at hand. The inner error: nothing was
+    /// written, and it cannot be had now.
     async fn give_small(
         &self,
         stream: &mut Stream,
@@ -250,7 +260,7 @@ impl Front {
         found: &Found,
         body: &Range<u64>,
         begin: impl FnOnce(),
-    ) -> io::Result<Given> {
+    ) -> io::Result<Result<Given, FillError>> {
         let slice_bytes = found.object.manifest.version.slice_bytes;
         let mut slices = touched(body.clone(), slice_bytes);
         let mut parts = [const { (Bytes::new(), Source::L1) }; 2];
@@ -258,13 +268,18 @@ impl Front {
             let Some(touched) = slices.next() else { break };
             *part = match self.engine.at_hand(request, found, &touched).await {
                 Ok(Some(at_hand)) => at_hand,
-                Err(FillError::Changed) => return Ok(Given::Gone),
-                Err(FillError::Refused { .. }) => return Ok(Given::Refused),
-                Ok(None) | Err(_) => return Ok(Given::No),
+                Err(FillError::Changed) => return Ok(Ok(Given::Gone)),
+                Err(FillError::Refused { .. }) => return Ok(Ok(Given::Refused)),
+                Err(error @ (FillError::Failed { .. } | FillError::NoMemory)) => {
+                    return Ok(Err(error));
+                }
+                Ok(None) | Err(FillError::AnotherRefused | FillError::Damaged) => {
+                    return Ok(Ok(Given::No));
+                }
             };
         }
         if slices.next().is_some() {
-            return Ok(Given::No);
+            return Ok(Ok(Given::No));
         }
         begin();
         self.count_response(found, head.status);
@@ -277,28 +292,26 @@ impl Front {
             .inc_by(body.end - body.start);
         let mut answer = head.bytes.chain(first).chain(second);
         if let Poll::Ready(written) = futures::poll!(std::pin::pin!(write(stream, &mut answer))) {
-            return written.map(|()| Given::Yes);
+            return written.map(|()| Ok(Given::Yes));
         }
         // A copy: nothing is held of the slices while the client takes nothing.
         let mut rest = BytesMut::with_capacity(answer.remaining());
         rest.put(answer);
         let mut pace = Pace::new(self.engine.config().client_timeouts);
         self.give_directly(stream, &mut pace, rest, || {}).await?;
-        Ok(Given::Yes)
+        Ok(Ok(Given::Yes))
     }
 
-    /// Gives a body of any length.
-    #[expect(clippy::too_many_arguments, reason = "one answer, told in two places")]
+    /// Gives a body of any length; errors as of `give_small`.
     async fn give_large(
         &self,
         stream: &mut Stream,
         head: Head,
-        is_last: bool,
         request: &Request,
         found: &Found,
         body: &Range<u64>,
         begin: impl FnOnce(),
-    ) -> io::Result<Given> {
+    ) -> io::Result<Result<Given, FillError>> {
         let config = self.engine.config();
         let ahead = config.max_concurrent_subrequests;
         let pieces = vec![Piece::Bytes(body.clone())];
@@ -306,26 +319,14 @@ impl Front {
         let first = match pieces.next_run(&self.metrics).await {
             Some(Ok(first)) => first,
             Some(Err(error @ (FillError::Failed { .. } | FillError::NoMemory))) => {
-                let status = error.status();
-                self.log_failure(&request.url, status, error.as_str());
-                let mut refusal = self
-                    .refusal(status, error.as_str())
-                    .map_err(io::Error::other)?;
-                let now = fmt_http_date(SystemTime::now());
-                refusal.insert_header(DATE, now).map_err(io::Error::other)?;
-                let refusal = on_the_wire(&refusal, &[], is_last).unwrap_or_default();
-                begin();
-                let mut pace = Pace::new(config.client_timeouts);
-                self.give_directly(stream, &mut pace, refusal, || {})
-                    .await?;
-                return Ok(Given::Yes);
+                return Ok(Err(error));
             }
             // The long way finds another version.
-            Some(Err(FillError::Changed)) => return Ok(Given::Gone),
+            Some(Err(FillError::Changed)) => return Ok(Ok(Given::Gone)),
             Some(Err(FillError::Refused { .. } | FillError::AnotherRefused)) => {
-                return Ok(Given::Refused);
+                return Ok(Ok(Given::Refused));
             }
-            Some(Err(FillError::Damaged)) | None => return Ok(Given::No),
+            Some(Err(FillError::Damaged)) | None => return Ok(Ok(Given::No)),
         };
         begin();
         self.count_response(found, head.status);
@@ -352,6 +353,26 @@ impl Front {
         self.metrics
             .assembly_duration_seconds
             .observe(pieces.waited.as_secs_f64());
+        Ok(Ok(Given::Yes))
+    }
+
+    /// Answers with an error of ours.
+    async fn refuse_directly(
+        &self,
+        stream: &mut Stream,
+        request: &Request,
+        error: &FillError,
+        is_last: bool,
+    ) -> io::Result<Given> {
+        let (status, detail) = (error.status(), error.as_str());
+        self.log_failure(&request.url, status, detail);
+        let mut refusal = self.refusal(status, detail).map_err(io::Error::other)?;
+        let now = fmt_http_date(SystemTime::now());
+        refusal.insert_header(DATE, now).map_err(io::Error::other)?;
+        let refusal = on_the_wire(&refusal, &[], is_last).unwrap_or_default();
+        let mut pace = Pace::new(self.engine.config().client_timeouts);
+        self.give_directly(stream, &mut pace, refusal, || {})
+            .await?;
         Ok(Given::Yes)
     }
 
