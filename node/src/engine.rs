@@ -35,7 +35,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use pingora_slice_cluster::peer::Body;
 use pingora_slice_cluster::purge::{Floor, Subject, joinable};
-use pingora_slice_cluster::slice::{HashKey, Touched};
+use pingora_slice_cluster::slice::{HashKey, Touched, slice_range};
 use pingora_slice_cluster::wire::{Informational, OriginRequest, Resolution};
 use pingora_slice_cluster::{Cluster, Epoch, Generation, IS_CHECKED, NodeId, ObjectKey, SliceId};
 use tokio::runtime::Handle;
@@ -487,11 +487,13 @@ impl Engine {
         touched: &Touched,
     ) -> Option<(Bytes, Source)> {
         let wanted = touched.end - touched.start;
-        let slice_bytes = u64::from(manifest.version.slice_bytes);
-        let start = u64::from(touched.index) * slice_bytes;
-        // The last one is shorter, and the only one of a small object.
-        let slice_bytes = (manifest.length()? - start).min(slice_bytes);
-        if is_worth_reading_whole(wanted, slice_bytes as u32, request.chance) {
+        let slice = slice_range(
+            touched.index,
+            manifest.length()?,
+            manifest.version.slice_bytes,
+        );
+        let slice_bytes = (slice.end - slice.start) as u32;
+        if is_worth_reading_whole(wanted, slice_bytes, request.chance) {
             return None;
         }
         let l2 = self.inner.l2.as_ref()?;
@@ -774,9 +776,9 @@ impl Engine {
     }
 }
 
-/// Whether to read a slice on disk whole, and keep it in memory, when only some of
-/// its bytes are wanted: so often that, over many requests, it adds a quarter to
-/// what is read from disk. What is wanted again and again thus comes into memory,
+/// Whether to read a slice on disk, or with its owner, whole, and keep it in memory,
+/// when only some of its bytes are wanted: so often that, over many requests, it adds
+/// a quarter to what is read. What is wanted again and again thus comes into memory,
 /// and what is wanted at random costs its own bytes. `chance` is from 0 to 1.
 fn is_worth_reading_whole(wanted: u32, slice_bytes: u32, chance: f64) -> bool {
     const READ_IN_PARTS: f64 = 4.0;

@@ -443,7 +443,14 @@ impl FlightReader {
     /// As [`FlightReader::next`].
     pub async fn all(mut self) -> Result<Option<Bytes>, FillError> {
         let wanted = (self.end - self.at) as usize;
+        let Some(first) = self.next().await.transpose()? else {
+            return Ok(None);
+        };
+        if first.bytes.len() == wanted {
+            return Ok(Some(first.bytes));
+        }
         let mut bytes = BytesMut::with_capacity(wanted);
+        bytes.extend_from_slice(&first.bytes);
         while let Some(part) = self.next().await {
             bytes.extend_from_slice(&part?.bytes);
         }

@@ -257,7 +257,24 @@ impl Engine {
 
     async fn fill_part(&self, fill: &Fill, flight: &Arc<Flight>) -> Result<(), FillError> {
         if !self.is_keeper(fill.key, fill.place) {
-            return self.fetch_from_others(fill, flight, None).await;
+            if let Some(owner) = self.owners(fill.key, fill.place).first() {
+                match self.from_peer(*owner, fill, flight, false).await {
+                    Ok(result) => return result,
+                    Err(NextSource(why)) => {
+                        flight.tell();
+                        tracing::debug!(%owner, slice = ?fill.slice, %why, "owner bypassed");
+                    }
+                }
+            }
+            // All of it, from the owner first: another node would not keep what it fetches.
+            let (whole, started) = self.flight_of(fill.clone(), None);
+            let is_first = whole.is_first_to_count();
+            let result = follow(&whole, started, flight).await;
+            flight.note_source(match whole.source() {
+                Some(source) if is_first => source,
+                _ => Source::Flight,
+            });
+            return result;
         }
         let Range { start, end } = flight.range;
         if let Some(l2) = &self.inner.l2
