@@ -34,7 +34,7 @@ pub const PURGE_ID_HEADER: &str = "X-Purge-Request-Id";
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Cluster {
-    /// The node that answers; 0 when it runs alone.
+    /// The node that answers; 1 where it runs alone.
     pub node_id: u64,
     /// Its release.
     pub version: String,

@@ -14,10 +14,7 @@ pub fn status(cluster: &api::Cluster) -> String {
         Some(leader) => format!("node {leader}"),
         None => "none known".to_string(),
     };
-    let me = match cluster.node_id {
-        0 => "one machine alone".to_string(),
-        id => format!("node {id}"),
-    };
+    let me = format!("node {}", cluster.node_id);
     let lease = match cluster.lease_valid {
         true => "valid",
         false => "none: this node asks the origin for everything",

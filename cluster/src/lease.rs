@@ -282,13 +282,19 @@ impl LeaseTable {
     /// What each node has acknowledged, and whether it may be answering from
     /// cache at `now`; empty where this node does not lead.
     pub fn standings(&self, now: Duration) -> Vec<Standing> {
-        let entries = self.reign.iter().flat_map(|reign| &reign.entries);
-        let standing = |(node, entry): (&NodeId, &Entry)| Standing {
-            node: *node,
-            acked: entry.acked,
-            serves: entry.right.until().is_some_and(|until| now < until),
+        let of_reign = |reign: &Reign| {
+            let standing = |(node, entry): (&NodeId, &Entry)| Standing {
+                node: *node,
+                // An earlier word may be a dead process's.
+                acked: match entry.acked >= reign.first_entry {
+                    true => entry.acked,
+                    false => PurgeIndex(0),
+                },
+                serves: entry.right.until().is_some_and(|until| now < until),
+            };
+            reign.entries.iter().map(standing).collect()
         };
-        entries.map(standing).collect()
+        self.reign.as_ref().map(of_reign).unwrap_or_default()
     }
 
     /// When to step with `Tick` at the latest: a lease that a purge waits for ends.

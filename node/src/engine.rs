@@ -57,6 +57,7 @@ use crate::url::{Naming, Url};
 use changes::Changes;
 pub use fill::Fill;
 use noted::Noted;
+use replaced::Owed;
 use tags::OtherTags;
 use together::ManifestFlights;
 use turns::{Turn, Turns};
@@ -149,6 +150,17 @@ pub enum Resolved {
         /// Why.
         reason: Failure,
     },
+}
+
+impl Resolved {
+    /// Whether it is a failure of the origin that something stale may answer for.
+    fn is_passing_failure(&self) -> bool {
+        match self {
+            Resolved::Failed { .. } => true,
+            Resolved::Relay(relay) => resolve::is_passing_failure(relay.status),
+            Resolved::Object(_) | Resolved::Pass(_) => false,
+        }
+    }
 }
 
 /// Why a request has no answer.
@@ -334,6 +346,7 @@ struct Inner {
     turns: Turns,
     /// Objects that are passed on.
     uncacheable: Noted,
+    owed: Owed,
     /// Objects whose answers are waited for by nobody but who causes them.
     unshared: Noted,
     /// Of records in memory.
@@ -398,6 +411,7 @@ impl Engine {
             manifest_flights: ManifestFlights::default(),
             turns: Turns::default(),
             uncacheable: Noted::default(),
+            owed: Owed::default(),
             unshared: Noted::default(),
             changes: Changes::default(),
             other_tags: Mutex::default(),
@@ -560,7 +574,14 @@ impl Engine {
         }
         if leased && let Some(resolved) = self.resolve_at_owners(request, held.as_ref(), gone).await
         {
-            return resolved;
+            // Its owner may have lost what is stale here, and then has only the failure.
+            return match held.filter(|_| resolved.is_passing_failure()) {
+                Some(held) => match self.stale_on_error(Some(&held.object), request, gone) {
+                    Some(stale) => Resolved::Object(Found::stored(stale, Resolution::Stale)),
+                    None => resolved,
+                },
+                None => resolved,
+            };
         }
         self.resolve_at_origin(request, held, gone, leased).await
     }

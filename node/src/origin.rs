@@ -9,12 +9,12 @@ mod backends;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::header::{
     ACCEPT_ENCODING, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HOST, HeaderMap,
-    RANGE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, RANGE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use http::{HeaderName, HeaderValue};
 use pingora_core::ErrorType;
@@ -149,9 +149,15 @@ pub struct OriginBody {
     origin: Arc<Inner>,
     deadline: Duration,
     announced: bool,
+    asked: Instant,
 }
 
 impl OriginBody {
+    /// When it was asked for.
+    pub fn asked(&self) -> Instant {
+        self.asked
+    }
+
     /// Whether its length was announced; else only its end tells.
     pub fn is_announced(&self) -> bool {
         self.announced
@@ -319,6 +325,7 @@ impl Origin {
             session.set_read_timeout(Some(2 * longest));
             inner.metrics.origin_fetches_total.inc();
             let asked_ms = unix_ms(SystemTime::now());
+            let asked = Instant::now();
             let head = self.head(request, ask).map_err(|e| (e, true))?;
             match tokio::time::timeout(inner.timeouts.total_header, exchange(&mut session, head))
                 .await
@@ -342,6 +349,7 @@ impl Origin {
                         origin: inner.clone(),
                         deadline: inner.timeouts.read,
                         announced: length.is_some(),
+                        asked,
                     };
                     return Ok(OriginAnswer {
                         status,
@@ -479,9 +487,28 @@ fn content_length(headers: &HeaderMap) -> Option<u64> {
     stated
 }
 
-/// Removes the fields of one connection (RFC 9110 section 7.6.1), and those
-/// nominated by Connection; Age and freshness fields cannot be nominated away.
+/// Removes the fields of one connection.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    for name in hop_by_hop(headers) {
+        headers.remove(name);
+    }
+}
+
+/// The fields of one connection (RFC 9110 section 7.6.1), and those nominated by
+/// Connection; Age and freshness fields cannot be nominated away.
+pub fn hop_by_hop(headers: &HeaderMap) -> Vec<HeaderName> {
+    const KNOWN: [HeaderName; 10] = [
+        CONNECTION,
+        TE,
+        TRAILER,
+        TRANSFER_ENCODING,
+        UPGRADE,
+        PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION,
+        HeaderName::from_static("keep-alive"),
+        HeaderName::from_static("proxy-connection"),
+        HeaderName::from_static("proxy-authentication-info"),
+    ];
     const KEPT: [&str; 7] = [
         "age",
         "cache-control",
@@ -491,29 +518,14 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         "etag",
         "vary",
     ];
-    let nominated: Vec<HeaderName> = headers
+    let nominated = headers
         .get_all(CONNECTION)
         .iter()
         .filter_map(|v| v.to_str().ok())
         .flat_map(|v| v.split(','))
         .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
-        .filter(|name| !KEPT.contains(&name.as_str()))
-        .collect();
-    for name in nominated {
-        headers.remove(name);
-    }
-    for name in [CONNECTION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE] {
-        headers.remove(name);
-    }
-    for name in [
-        "keep-alive",
-        "proxy-connection",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-authentication-info",
-    ] {
-        headers.remove(name);
-    }
+        .filter(|name| !KEPT.contains(&name.as_str()));
+    nominated.chain(KNOWN).collect()
 }
 
 /// Removes what describes one message's body, not the object.

@@ -4,7 +4,7 @@ use std::process::{Command, Output, Stdio};
 
 use pingora_slice_tests::cluster::{ADMIN_TOKEN, Ports, binary, ca, issue_certificate};
 use pingora_slice_tests::relay::Link;
-use pingora_slice_tests::{Ask, MIB, Options, TestCluster};
+use pingora_slice_tests::{Ask, Fault, MIB, Options, TestCluster};
 
 /// Promise P6, for each node in turn: the downloader's own node is the one that lives.
 #[tokio::test(flavor = "multi_thread")]
@@ -124,7 +124,7 @@ async fn a_drained_node_owns_nothing_and_still_answers() {
     );
 }
 
-/// A stranger with a certificate of another authority learns and changes nothing.
+/// Promise P7: a stranger with a certificate of another authority learns and changes nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_certificate_of_another_authority_is_refused() {
     let mut cluster = TestCluster::start(3).await;
@@ -276,4 +276,28 @@ async fn status_says_by_its_exit_code_whether_a_node_is_ready() {
     .await;
     assert_eq!(status(&cluster, &[]), Some(0));
     assert_eq!(status(&cluster, &["--ready"]), Some(1));
+}
+
+/// What its owner has lost may still be good for an origin that fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn stale_is_served_where_the_owner_has_nothing_and_the_origin_fails() {
+    let mut cluster = Options::cluster(3)
+        .set("enable_l2_cache", false)
+        .start()
+        .await;
+    let film = cluster.films_owned_by(2, 1, 1000).await.remove(0);
+    film.header("Cache-Control", "max-age=1, stale-if-error=3600");
+    cluster.node(1).read(&film).await;
+    cluster.node_mut(2).kill();
+    cluster.node_mut(2).spawn();
+    cluster.node_mut(2).until_ready().await;
+    film.always(Fault::Status(503));
+    let node = cluster.node(1);
+    node.until("it is stale", async || {
+        let reply = node.get(film.path()).await;
+        assert_eq!(reply.status, 200, "{:?}", reply.headers);
+        assert_eq!(reply.body, film.content().all());
+        reply.header("x-cache") == "STALE"
+    })
+    .await;
 }

@@ -1,5 +1,7 @@
 //! What the operator sees adds up.
 
+use std::time::Duration;
+
 use pingora_slice_tests::quick::Quick;
 use pingora_slice_tests::{Ask, Fault, MIB, Options, SLICE_BYTES, TestCluster};
 
@@ -216,6 +218,27 @@ async fn failed_fetches_are_those_that_the_origin_failed() {
         .always(Fault::Status(404));
     assert_eq!(node.get("/not").await.status, 404);
     assert_eq!(failed().await, 1.0);
+}
+
+/// What the origin thinks is part of the time, with and without ranges.
+#[tokio::test(flavor = "multi_thread")]
+async fn fetches_are_timed_from_the_request() {
+    const THOUGHT: Duration = Duration::from_millis(300);
+    let cluster = Options::alone()
+        .set("slice_patterns", "[\"^/sliced\"]")
+        .start()
+        .await;
+    let node = cluster.node(1);
+    let films = ["/sliced", "/whole"].map(|path| cluster.origin.publish(path, SLICE_BYTES));
+    for (n, film) in films.iter().enumerate() {
+        film.once(Fault::Delay(THOUGHT));
+        node.read(film).await;
+        let least = (n + 1) as f64 * THOUGHT.as_secs_f64();
+        node.until("it is counted", async || {
+            node.metric("subrequest_duration_seconds_sum").await >= least
+        })
+        .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -687,3 +687,24 @@ async fn what_an_unsafe_method_changes_is_purged_wherever_it_is() {
     before.await.unwrap().unwrap();
     cluster.read_from_every_node(&film).await;
 }
+
+/// Without a quorum an unsafe method's purge cannot be made, and nobody asks again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_unsafe_method_changes_without_a_quorum_is_purged_once_there_is_one() {
+    let mut cluster = TestCluster::start(3).await;
+    let film = cluster.origin.publish("/film", 1000);
+    cluster.read_from_every_node(&film).await;
+    cluster.node_mut(1).kill();
+    cluster.node_mut(2).kill();
+    film.change();
+    let node = cluster.node(3);
+    assert_eq!(node.ask(Ask::new("PUT", "/film")).await.status, 200);
+    cluster.node_mut(1).spawn();
+    cluster.node_mut(1).until_ready().await;
+    let node = cluster.node(3);
+    node.until("the change is known", async || {
+        let reply = node.get("/film").await;
+        reply.header("x-cache") == "HIT" && reply.body == film.content().all()
+    })
+    .await;
+}

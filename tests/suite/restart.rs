@@ -313,3 +313,31 @@ fn files_below(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
     }
     files
 }
+
+/// What a restart left on disk is explained as such, until it is read.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_explanation_says_which_store_holds_what() {
+    let mut cluster = TestCluster::alone().await;
+    let film = cluster.origin.publish("/film", 2 * SLICE_BYTES);
+    cluster.node(1).read(&film).await;
+    until_on_disk(&cluster, &film).await;
+    cluster.node_mut(1).terminate().await;
+    cluster.node_mut(1).spawn();
+    cluster.node_mut(1).until_ready().await;
+    let stores = async || {
+        let path = "/v1/explain?url=http://films.test/film";
+        let (status, explained) = cluster.node(1).admin("GET", path, None).await;
+        assert_eq!(status, 200);
+        let of = |value: &serde_json::Value| value["stored_in"].as_str().map(str::to_owned);
+        let slices = explained["slices"].as_array().expect("a list").iter();
+        [&explained["manifest"]]
+            .into_iter()
+            .chain(slices)
+            .map(of)
+            .collect::<Vec<_>>()
+    };
+    let all = |store: &str| vec![Some(store.to_owned()); 3];
+    assert_eq!(stores().await, all("l2"));
+    cluster.node(1).read(&film).await;
+    assert_eq!(stores().await, all("l1"));
+}

@@ -187,7 +187,11 @@ impl Engine {
         };
         let slice_bytes = fill.end();
         let wanted = ask.end.min(slice_bytes).saturating_sub(ask.start);
-        let is_small = wanted as usize <= PAGE_BYTES;
+        // What is read whole is wanted more often.
+        let is_whole = ask.start == 0
+            && is_worth_reading_whole(wanted, slice_bytes, rand::random())
+            && self.inner.l2.is_some();
+        let is_small = wanted as usize <= PAGE_BYTES && !is_whole;
         // Before anything is read: what waits here holds nothing.
         let permit = self.room_for_peer(if is_small { wanted } else { slice_bytes });
         let Some(permit) = permit.await else {
@@ -204,8 +208,7 @@ impl Engine {
         if under_way.is_none()
             && let Some(l2) = &self.inner.l2
         {
-            if ask.start == 0
-                && is_worth_reading_whole(wanted, slice_bytes, rand::random())
+            if is_whole
                 && let Some(slice) = l2.slice(ask.slice).await
                 && let Some(parts) = match ask.end as usize {
                     end if end < slice.len() => slice.parts(0..end),
@@ -235,7 +238,14 @@ impl Engine {
         let Some(permit) = permit else {
             return (Answer::Busy, None);
         };
-        let (flight, started) = self.join_fill(&fill, Some(permit));
+        let (flight, started) = match under_way.filter(|_| ask.stored_only) {
+            // Nothing is begun for it, should that flight have ended.
+            Some(flight) => {
+                flight.admit(permit);
+                (flight, false)
+            }
+            None => self.join_fill(&fill, Some(permit)),
+        };
         let is_first = flight.is_first_to_count();
         let mut reader = flight.read(ask.start..ask.end);
         match reader.next().await {

@@ -99,6 +99,9 @@ impl Fill {
     }
 }
 
+/// Flights that are followed one after the other: where one that somebody else had
+/// started fails it has had its tries, and these are ours.
+const FOLLOWED_MAX: usize = 2;
 /// Of a slice, one part in so many is little.
 const LITTLE: usize = 2;
 
@@ -267,14 +270,20 @@ impl Engine {
                 }
             }
             // All of it, from the owner first: another node would not keep what it fetches.
-            let (whole, started) = self.flight_of(fill.clone(), None);
-            let is_first = whole.is_first_to_count();
-            let result = follow(&whole, started, flight).await;
-            flight.note_source(match whole.source() {
-                Some(source) if is_first => source,
-                _ => Source::Flight,
-            });
-            return result;
+            let mut tries = FOLLOWED_MAX;
+            return loop {
+                let (whole, started) = self.flight_of(fill.clone(), None);
+                let is_first = whole.is_first_to_count();
+                let result = follow(&whole, started, flight).await;
+                flight.note_source(match whole.source() {
+                    Some(source) if is_first => source,
+                    _ => Source::Flight,
+                });
+                tries -= 1;
+                if started || tries == 0 || !is_failure(&result) {
+                    break result;
+                }
+            };
         }
         let Range { start, end } = flight.range;
         if let Some(l2) = &self.inner.l2
@@ -531,12 +540,19 @@ impl Engine {
         flight: &Arc<Flight>,
         permit: Option<Permit>,
     ) -> Result<(), FillError> {
-        let (own, started) = self.join_fill(fill, permit);
-        flight.note_source(match own.is_first_to_count() {
-            true => Source::Origin,
-            false => Source::Flight,
-        });
-        follow(&own, started, flight).await
+        let (mut permit, mut tries) = (permit, FOLLOWED_MAX);
+        loop {
+            let (own, started) = self.join_fill(fill, permit.take());
+            flight.note_source(match own.is_first_to_count() {
+                true => Source::Origin,
+                false => Source::Flight,
+            });
+            let result = follow(&own, started, flight).await;
+            tries -= 1;
+            if started || tries == 0 || !is_failure(&result) {
+                return result;
+            }
+        }
     }
 
     /// The flight that fills a slice from the origin, started if need be. Its
@@ -775,7 +791,8 @@ impl Engine {
         flight: &Arc<Flight>,
         mut arriving: Option<OriginBody>,
     ) -> Result<(), Retry> {
-        let started = Instant::now();
+        // What came with the manifest was asked for before.
+        let asked = (arriving.as_ref()).map_or_else(Instant::now, OriginBody::asked);
         self.inner.metrics.subrequests_total.inc();
         let mut other_tags: Vec<String> = Vec::new();
         let mut attempt = 0;
@@ -837,7 +854,7 @@ impl Engine {
         self.inner
             .metrics
             .subrequest_duration_seconds
-            .observe(started.elapsed().as_secs_f64());
+            .observe(asked.elapsed().as_secs_f64());
         result
     }
 
@@ -1068,6 +1085,10 @@ async fn follow(other: &Arc<Flight>, started: bool, flight: &Flight) -> Result<(
         flight.land_among(part);
     }
     Ok(())
+}
+
+fn is_failure(result: &Result<(), FillError>) -> bool {
+    matches!(result, Err(FillError::Failed { .. }))
 }
 
 /// Only the version we hold: a changed object is sent whole, and recognised.

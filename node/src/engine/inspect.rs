@@ -33,8 +33,9 @@ impl Inspect for Engine {
                 ..Default::default()
             };
         };
-        let held = self.held(&request, None).await;
+        // Looking for it brings it into memory.
         let in_memory = self.inner.l1.record(request.key.0).is_some();
+        let held = self.held(&request, None).await;
         let subject = match (&held, self.hash_key()) {
             (Some(held), _) => held.object.manifest.subject.clone(),
             (None, Some(key)) => request.url.untagged_subject(&key),
@@ -87,10 +88,10 @@ impl Inspect for Engine {
                 ("revalidate", "stale, or purged softly".to_owned())
             }
         };
-        let slices = held
-            .as_ref()
-            .map(|h| self.explain_slices(&request, &h.object))
-            .unwrap_or_default();
+        let slices = match &held {
+            Some(held) => self.explain_slices(&request, &held.object).await,
+            None => Vec::new(),
+        };
         let stored_in = if in_memory { "l1" } else { "l2" };
         api::Explain {
             url: request.url.to_string(),
@@ -224,24 +225,32 @@ impl Engine {
         raised.map_or("nothing known", |(what, _)| *what)
     }
 
-    fn explain_slices(&self, request: &Request, object: &Arc<Stored>) -> Vec<api::Slice> {
+    async fn explain_slices(&self, request: &Request, object: &Arc<Stored>) -> Vec<api::Slice> {
         let manifest = &object.manifest;
         let count = manifest.slices().unwrap_or(0).min(u64::from(SLICES_SHOWN)) as u32;
-        (0..count)
-            .map(|index| {
-                let id = SliceId {
-                    generation: manifest.generation,
-                    index,
-                };
-                let owners = self.owners(request.key, manifest.place(index));
-                let stored_in = self.inner.l1.slice(&id).map(|_| "l1".to_owned());
-                api::Slice {
-                    index,
-                    owners: owners.iter().map(|id| id.0).collect(),
-                    stored_in,
-                }
-            })
-            .collect()
+        let mut slices = Vec::new();
+        for index in 0..count {
+            let id = SliceId {
+                generation: manifest.generation,
+                index,
+            };
+            let owners = self.owners(request.key, manifest.place(index));
+            slices.push(api::Slice {
+                index,
+                owners: owners.iter().map(|id| id.0).collect(),
+                stored_in: self.store_of(id).await.map(str::to_owned),
+            });
+        }
+        slices
+    }
+
+    /// Which of this node's stores holds a slice.
+    async fn store_of(&self, id: SliceId) -> Option<&'static str> {
+        if self.inner.l1.has_slice(&id) {
+            return Some("l1");
+        }
+        let l2 = self.inner.l2.as_ref()?;
+        l2.holds(id).await.then_some("l2")
     }
 
     async fn warm_one(&self, url: String) -> api::WarmedUrl {

@@ -1,6 +1,8 @@
 //! Versions that the origin has replaced: forgotten on all nodes, whoever found
 //! it out.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures::stream::{self, StreamExt};
@@ -18,6 +20,56 @@ use crate::url::Url;
 const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
 /// Nodes that are asked at once what they hold.
 const ASKED_AT_ONCE: usize = 64;
+/// Pause between tries to purge what is owed.
+const OWED_PAUSE: Duration = Duration::from_secs(1);
+/// URLs in one such try.
+const OWED_AT_ONCE: usize = 1000;
+/// URLs owed at most, a few hundred bytes each.
+const OWED_MAX: usize = 100_000;
+
+/// URLs that have changed at the origin and whose purge no majority confirmed: each
+/// with a mark of its last change.
+#[derive(Default)]
+pub(super) struct Owed(Mutex<HashMap<Url, u64>>);
+
+impl Owed {
+    /// Adds URLs; whether nothing was owed before.
+    fn add(&self, urls: &[Url]) -> bool {
+        let mut owed = self.lock();
+        let was_empty = owed.is_empty();
+        for url in urls {
+            if owed.len() >= OWED_MAX && !owed.contains_key(url) {
+                tracing::warn!(%url, "too much is to be purged: this is not");
+                continue;
+            }
+            owed.insert(url.clone(), rand::random());
+        }
+        was_empty
+    }
+
+    /// Some of what is owed.
+    fn some(&self) -> Vec<(Url, u64)> {
+        let owed = self.lock();
+        let some = owed.iter().take(OWED_AT_ONCE);
+        some.map(|(url, mark)| (url.clone(), *mark)).collect()
+    }
+
+    /// Takes out what has been purged, unless it has changed again since; whether
+    /// nothing is owed any more.
+    fn settle(&self, purged: &[(Url, u64)]) -> bool {
+        let mut owed = self.lock();
+        for (url, mark) in purged {
+            if owed.get(url) == Some(mark) {
+                owed.remove(url);
+            }
+        }
+        owed.is_empty()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Url, u64>> {
+        self.0.lock().expect("no panic while held")
+    }
+}
 
 impl Engine {
     /// A client's demand has found out that a fresh version is no longer what the
@@ -144,10 +196,29 @@ impl Engine {
         ending.contains_key(&generation)
     }
 
-    /// Purges on all nodes what has changed at the origin.
+    /// Purges on all nodes what has changed at the origin; where no majority confirms
+    /// it now, again and again until one does.
     pub(super) async fn purge_all_of(&self, urls: &[Url]) {
-        let (Some(first), Some(key)) = (urls.first(), self.hash_key()) else {
+        if self.purge_once(urls).await || !self.inner.owed.add(urls) {
             return;
+        }
+        let engine = self.clone();
+        self.inner.runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(OWED_PAUSE).await;
+                let owed = engine.inner.owed.some();
+                let urls: Vec<Url> = owed.iter().map(|(url, _)| url.clone()).collect();
+                if engine.purge_once(&urls).await && engine.inner.owed.settle(&owed) {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Whether a purge was confirmed, or there is nothing to purge.
+    async fn purge_once(&self, urls: &[Url]) -> bool {
+        let (Some(first), Some(key)) = (urls.first(), self.hash_key()) else {
+            return true;
         };
         let items: Vec<PurgeItem> = urls
             .iter()
@@ -157,8 +228,36 @@ impl Engine {
             })
             .collect();
         let count = items.len();
-        if let Err(error) = self.inner.cluster.purge(items, rand::random()).await {
-            tracing::warn!(url = %first, count, %error, "what has changed was not purged");
+        let purged = self.inner.cluster.purge(items, rand::random()).await;
+        if let Err(error) = &purged {
+            tracing::warn!(url = %first, count, %error, "what has changed is not purged yet");
         }
+        purged.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn url(target: &str) -> Url {
+        Url {
+            host: "films.test".into(),
+            target: target.into(),
+        }
+    }
+
+    #[test]
+    fn what_changes_again_while_it_is_purged_stays_owed() {
+        let owed = Owed::default();
+        assert!(owed.add(&[url("/a"), url("/b")]), "it was empty");
+        assert!(!owed.add(&[]), "it is not");
+        let some = owed.some();
+        owed.add(&[url("/a")]);
+        assert!(!owed.settle(&some));
+        let left = owed.some();
+        assert_eq!(left.len(), 1);
+        assert_eq!(left[0].0, url("/a"));
+        assert!(owed.settle(&left));
     }
 }

@@ -132,9 +132,9 @@ impl Engine {
         }
     }
 
-    /// Counts a request to the origin with all of its tries. One that brings a new
-    /// object is counted as the fill that it is.
-    pub(super) fn count(&self, outcome: &Outcome) {
+    /// Counts a request to the origin with all of its tries, which took so long. One
+    /// that brings a new object is counted as the fill that it is.
+    pub(super) fn count(&self, outcome: &Outcome, took: Duration) {
         let metrics = &self.inner.metrics;
         match outcome {
             Outcome::Object(_, Resolution::Miss) => return,
@@ -146,6 +146,9 @@ impl Engine {
             _ => {}
         }
         metrics.subrequests_total.inc();
+        metrics
+            .subrequest_duration_seconds
+            .observe(took.as_secs_f64());
     }
 
     /// Rule 5's last line, or the gateway errors: 504 where something is held
@@ -216,7 +219,7 @@ impl Engine {
 
     /// `stale-if-error` (RFC 5861 section 4); never past a purge or without a lease,
     /// nor what was found to be gone.
-    fn stale_on_error(
+    pub(super) fn stale_on_error(
         &self,
         held: Option<&Arc<Stored>>,
         request: &Request,
@@ -391,14 +394,9 @@ impl Engine {
             Ok(freshness) => freshness,
             Err(why) => {
                 self.is_not_stored(request, 200, why, flight).await;
-                if !covers_all {
-                    // The client gets it by a request of its own.
-                    let authorized = request.demands.authorized;
-                    self.inner.uncacheable.note(request.key, authorized);
-                    return Act::Done(Outcome::Uncacheable);
-                }
-                // A client that wants a range gets it from the origin.
-                if wants_range(request) {
+                // The client gets it, or its range, by a request of its own.
+                if !covers_all || wants_range(request) {
+                    self.mark_uncacheable(request);
                     return Act::Done(Outcome::Uncacheable);
                 }
                 answer.status = 200;
@@ -503,7 +501,9 @@ impl Engine {
             let authorized = request.demands.authorized;
             self.inner.unshared.note(request.key, authorized);
         }
-        if !ends_what_is_stored(status, why) {
+        // What credentials bring for one client says nothing of what others get.
+        let is_own = request.demands.authorized && is_for_one(why);
+        if is_own || !ends_what_is_stored(status, why) {
             return false;
         }
         let stored = self.lookup(request.key, &request.url, || &request.origin.headers);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use pingora_slice_cluster::purge::joinable;
 use pingora_slice_cluster::wire::{Informational, Resolution};
@@ -413,8 +413,9 @@ impl Engine {
                     begun.outcome_of(answer)
                 }
                 None => {
+                    let asked = Instant::now();
                     let outcome = engine.ask_origin(&request, held.clone(), &begun).await;
-                    engine.count(&outcome);
+                    engine.count(&outcome, asked.elapsed());
                     if let Some(old) = held.filter(|old| begun.replaces(&outcome, old)) {
                         engine
                             .tell_replaced(&request, old.manifest.generation)

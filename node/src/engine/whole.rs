@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
@@ -247,7 +247,9 @@ impl Engine {
         supply: Supply,
         first: Option<Arc<Flight>>,
     ) {
-        self.inner.metrics.subrequests_total.inc();
+        let metrics = &self.inner.metrics;
+        metrics.subrequests_total.inc();
+        let asked = (supply.body.as_ref()).map_or_else(Instant::now, OriginBody::asked);
         let _guard = CutGuard {
             engine: self,
             generation: fill.slice.generation,
@@ -256,6 +258,9 @@ impl Engine {
         let ended = self
             .cut_to_the_end(&fill, manifest.as_ref(), &whole, supply, first)
             .await;
+        metrics
+            .subrequest_duration_seconds
+            .observe(asked.elapsed().as_secs_f64());
         let is_origins = is_origins_failure(&ended);
         let outcome = match ended {
             Ok(Ended::Whole) => Ok(()),
@@ -265,7 +270,7 @@ impl Engine {
         if let Err(error) = &outcome {
             if is_origins {
                 if *error != FillError::Changed {
-                    self.inner.metrics.failed_subrequests_total.inc();
+                    metrics.failed_subrequests_total.inc();
                 }
                 tracing::warn!(url = %fill.url(), %error, "a body broke off");
             } else {

@@ -165,6 +165,14 @@ impl L2 {
         self.store.load().as_ref().is_some_and(|l2| l2.has(id))
     }
 
+    /// Whether a slice is here; asking does not count as a use.
+    pub async fn holds(&self, id: SliceId) -> bool {
+        match self.store.load_full() {
+            Some(l2) => l2.holds(id).await,
+            None => false,
+        }
+    }
+
     /// Whether the disk hangs: what is not found may be there all the same.
     pub fn hangs(&self) -> bool {
         self.store.load().as_ref().is_some_and(|l2| l2.hangs())

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
@@ -69,6 +69,24 @@ impl<T: Send + 'static> Drop for Asker<'_, T> {
                 }
             });
         }
+    }
+}
+
+/// Tells that a read has ended, when it is dropped: also by a panic.
+struct End {
+    one_has_left: Arc<Mutex<bool>>,
+    shared: Arc<Hanging>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let one_has_left = self.one_has_left.lock();
+        let mut one_has_left = one_has_left.unwrap_or_else(PoisonError::into_inner);
+        if *one_has_left && self.shared.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            info!("the disk answers reads again");
+        }
+        *one_has_left = true;
     }
 }
 
@@ -147,16 +165,14 @@ impl Reads {
         // the second one counts.
         let one_has_left = Arc::new(Mutex::new(false));
         let reading = tokio::task::spawn_blocking({
-            let (one_has_left, shared) = (one_has_left.clone(), self.shared.clone());
+            let end = End {
+                one_has_left: one_has_left.clone(),
+                shared: self.shared.clone(),
+                _place: place,
+            };
             move || {
-                let found = read();
-                let mut one_has_left = one_has_left.lock().unwrap_or_else(PoisonError::into_inner);
-                if *one_has_left && shared.count.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    info!("the disk answers reads again");
-                }
-                *one_has_left = true;
-                drop(place);
-                found
+                let _end = end;
+                read()
             }
         });
         let mut asker = Asker {

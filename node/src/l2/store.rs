@@ -2,6 +2,7 @@
 //! writer.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
@@ -280,6 +281,11 @@ impl Store {
             || self.shared.pending().slices.contains_key(id)
     }
 
+    /// Whether a slice is here.
+    pub(super) async fn holds(&self, id: SliceId) -> bool {
+        self.has(&id) || self.read(move |l2| l2.row(id)).await.is_some()
+    }
+
     pub(super) fn hangs(&self) -> bool {
         self.reads.hang()
     }
@@ -356,7 +362,12 @@ impl Store {
             return false;
         }
         // In the map before the queue: the writer takes it out once written.
-        self.shared.pending().slices.insert(id, slice.clone());
+        if let Entry::Vacant(place) = self.shared.pending().slices.entry(id) {
+            place.insert(slice.clone());
+        } else {
+            // It is immutable: the one that waits will do.
+            return self.shared.is_keeping.load(Ordering::Relaxed);
+        }
         if !self.reserve(bytes) || !self.queue(Job::Slice(id, slice)) {
             self.shared.pending().slices.remove(&id);
             self.shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
