@@ -2,9 +2,10 @@
 //! the last byte of its answer.
 //!
 //! GET and HEAD are answered from the engine; everything else, and whatever
-//! may not be shared, is proxied by Pingora untouched. Responses are counted here,
-//! or in `direct` where one is answered without a `Session`.
+//! may not be shared, is proxied by Pingora untouched. `direct` is the short way of
+//! plain requests, without a `Session`; `account` counts for both.
 
+mod account;
 mod direct;
 
 pub(crate) use direct::{Directly, Known};
@@ -31,20 +32,20 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::budget::Permit;
 use crate::connection;
-use crate::engine::{Engine, Forwarded, Found, Relay, Request, Resolved, Sent};
+use crate::engine::{Engine, Forwarded, Found, Relay, RelayBody, Request, Resolved, Sent};
 use crate::flight::{FillError, Form};
 use crate::freshness::{Demands, unix_ms};
 use crate::log_limit::Paced;
 use crate::manifest::Manifest;
 use crate::metrics::Metrics;
-use crate::origin::{DIGESTS, is_coded};
+use crate::origin::{DIGESTS, hop_by_hop, is_coded};
 use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces};
 use crate::plan::{self, Plan};
 use crate::purge::Purger;
 use crate::reset;
 use crate::stream;
-use crate::url::Url;
+use crate::url::{self, Url};
 
 /// Our name in `Via` and `Cache-Status`.
 const NAME: &str = "pingora-slice";
@@ -58,6 +59,9 @@ const STALLED_AFTER: Duration = Duration::from_secs(1);
 const PLANS_MAX: usize = 3;
 /// Failed requests are logged this often at most: while the origin is down all fail.
 const FAILURES_PACE: Duration = Duration::from_secs(1);
+/// Methods that change nothing (RFC 9110 section 9.2.1; those of the registry that file
+/// managers and synchronisers read with). After any other, known or not, its URL is purged.
+const SAFE_METHODS: [&str; 6] = ["OPTIONS", "TRACE", "PROPFIND", "REPORT", "SEARCH", "QUERY"];
 /// Request fields that are not sent on: they belong to the client's
 /// connection, or are replaced by ours.
 const NOT_SENT_ON: &[&str] = &[
@@ -185,8 +189,13 @@ impl Front {
         passed.any(|name| name.trim() == &**id)
     }
 
-    /// Reads a request.
-    fn request(&self, head: &RequestHeader, fields: &Arc<HeaderMap>) -> Disposition {
+    /// Reads a request; `has_body`: whether one comes with it.
+    fn request(
+        &self,
+        head: &RequestHeader,
+        fields: &Arc<HeaderMap>,
+        has_body: bool,
+    ) -> Disposition {
         let Some(url) = self.engine.naming().of_request(head) else {
             return Disposition::Refuse(400, "malformed");
         };
@@ -194,12 +203,6 @@ impl Front {
             return Disposition::Refuse(508, "loop");
         }
         let loop_id = self.loop_id();
-        let Some(hash_key) = self.engine.cluster().view().hash_key else {
-            return Disposition::Pass("not-ready");
-        };
-        if !self.engine.config().enable_cache {
-            return Disposition::Pass("disabled");
-        }
         let demands = Demands::of(
             &head.headers,
             &self.engine.config().caching.request_directives,
@@ -208,14 +211,15 @@ impl Front {
             true => Disposition::Refuse(504, "only-if-cached"),
             false => Disposition::Pass(why),
         };
+        let Some(hash_key) = self.engine.cluster().view().hash_key else {
+            return pass("not-ready");
+        };
+        if !self.engine.config().enable_cache {
+            return pass("disabled");
+        }
         if is_for_websocket(&head.headers) {
             return pass("upgrade");
         }
-        let has_body = head.headers.contains_key(header::TRANSFER_ENCODING)
-            || head
-                .headers
-                .get(header::CONTENT_LENGTH)
-                .is_some_and(|v| v.as_bytes() != b"0");
         if has_body {
             return pass("request-body");
         }
@@ -250,9 +254,10 @@ impl Front {
 
     /// Answers from the engine; false: let Pingora proxy it.
     async fn serve(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
+        let has_body = has_body(session);
         let head = session.req_header();
         let fields = Arc::new(head.headers.clone());
-        let mut request = match self.request(head, &fields) {
+        let mut request = match self.request(head, &fields, has_body) {
             Disposition::Cacheable(request) => request,
             Disposition::Pass(why) => {
                 ctx.passed = Some(why);
@@ -293,6 +298,7 @@ impl Front {
                 }
                 // It was asked for without what the client says, to be kept: the origin judges.
                 Resolved::Relay(relay) if relay.status == 200 && plan::has_conditions(&fields) => {
+                    self.engine.mark_uncacheable(&request);
                     ctx.passed = Some("uncacheable");
                     return Ok(false);
                 }
@@ -376,7 +382,7 @@ impl Front {
             self.begin(session, ctx, head, true, &found.informational)
                 .await?;
             ctx.counted = true;
-            self.count_response(found, status);
+            self.count_answer(found, status, false);
             return Ok(Answered::Done);
         }
         let ahead = self.engine.config().max_concurrent_subrequests;
@@ -401,8 +407,7 @@ impl Front {
         self.begin(session, ctx, head, false, &found.informational)
             .await?;
         ctx.counted = true;
-        self.count_response(found, status);
-        self.metrics.sliced_requests_total.inc();
+        self.count_answer(found, status, true);
         if let Some(text) = heading {
             session.write_response_body(Some(text), false).await?;
         }
@@ -492,9 +497,7 @@ impl Front {
             session.set_keepalive(None);
             reset::would_look_complete(!end);
         }
-        self.metrics
-            .time_to_first_byte_seconds
-            .observe(ctx.started.elapsed().as_secs_f64());
+        self.count_begun(ctx.started);
         keep_date(&head);
         session.write_response_header(Box::new(head), end).await
     }
@@ -608,11 +611,6 @@ impl Front {
         Ok(())
     }
 
-    fn count_response(&self, found: &Found, status: StatusCode) {
-        self.metrics
-            .count_response(x_cache(found.resolution), Some(status));
-    }
-
     /// Passes on an answer that is for this client alone.
     async fn relay(
         &self,
@@ -640,11 +638,9 @@ impl Front {
             relay.status
         );
         tracing::debug!(url = %request.url, why, "not stored");
-        self.metrics.passes_total.with_label_values(&[why]).inc();
         self.describe(&mut head, &status, "PASS")?;
         ctx.counted = true;
-        self.metrics.passthrough_requests_total.inc();
-        self.metrics.count_response("PASS", Some(head.status));
+        self.count_pass(why, Some(head.status));
         let end = !is_get || !has_body || relay.length == Some(0);
         self.begin(session, ctx, head, end, &relay.informational)
             .await?;
@@ -652,6 +648,7 @@ impl Front {
             return Ok(());
         }
         let mut body = relay.body;
+        let is_peers = matches!(body, RelayBody::Peer(_));
         let mut pace = Pace::new(self.engine.config().client_timeouts);
         loop {
             let mut coming = std::pin::pin!(body.next());
@@ -663,7 +660,13 @@ impl Front {
                 }
             };
             match next {
-                Ok(Some(bytes)) => self.give(session, &mut pace, bytes, || {}).await?,
+                Ok(Some(bytes)) => {
+                    if is_peers {
+                        let length = bytes.len() as u64;
+                        self.metrics.bytes_from_peers_total.inc_by(length);
+                    }
+                    self.give(session, &mut pace, bytes, || {}).await?;
+                }
                 Ok(None) => return session.write_response_body(None, true).await,
                 Err(reason) => {
                     tracing::warn!(reason, "relayed answer cut short");
@@ -995,6 +998,17 @@ fn is_for_websocket(headers: &HeaderMap) -> bool {
     offered.any(|protocol| protocol.trim().eq_ignore_ascii_case("websocket"))
 }
 
+/// Whether a body comes with a request: HTTP/1 says so in its head, HTTP/2 need not.
+fn has_body(session: &mut Session) -> bool {
+    if session.as_downstream().is_http2() {
+        return !session.as_downstream_mut().is_body_empty();
+    }
+    let headers = &session.req_header().headers;
+    let length = headers.get(header::CONTENT_LENGTH);
+    headers.contains_key(header::TRANSFER_ENCODING)
+        || length.is_some_and(|length| length.as_bytes() != b"0")
+}
+
 /// How often a request may still be sent on (RFC 9110 section 7.6.2).
 fn max_forwards(head: &RequestHeader) -> Option<u64> {
     let value = head.headers.get(header::MAX_FORWARDS)?;
@@ -1033,7 +1047,10 @@ impl ProxyHttp for Front {
 
     async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Context) -> Result<()> {
         let timeouts = self.engine.config().client_timeouts;
+        let is_http10 = session.req_header().version == http::Version::HTTP_10;
         let session = session.as_downstream_mut();
+        // RFC 9110 section 15.2: an HTTP/1.0 client knows none.
+        session.set_ignore_info_resp(is_http10);
         session.set_write_timeout(Some(timeouts.write));
         session.set_read_timeout(Some(timeouts.idle));
         session.set_total_drain_timeout(Some(timeouts.idle));
@@ -1043,7 +1060,7 @@ impl ProxyHttp for Front {
     async fn request_filter(&self, session: &mut Session, ctx: &mut Context) -> Result<bool> {
         if let Some(status) = framing_fault(session.req_header()) {
             session.set_keepalive(None);
-            self.metrics.requests_total.inc();
+            self.count_request();
             self.refuse(session, ctx, status, "malformed").await?;
             return Ok(true);
         }
@@ -1054,12 +1071,12 @@ impl ProxyHttp for Front {
                 Ok(true)
             }
             "GET" | "HEAD" => {
-                self.metrics.requests_total.inc();
+                self.count_request();
                 let served = self.serve(session, ctx).await?;
                 Ok(served || !self.take_room_to_pass(session, ctx).await?)
             }
             method => {
-                self.metrics.requests_total.inc();
+                self.count_request();
                 let Some(url) = self.engine.naming().of_request(session.req_header()) else {
                     self.refuse(session, ctx, 400, "malformed").await?;
                     return Ok(true);
@@ -1068,9 +1085,11 @@ impl ProxyHttp for Front {
                     self.refuse(session, ctx, 508, "loop").await?;
                     return Ok(true);
                 }
-                if !matches!(method, "OPTIONS" | "TRACE") {
+                if !SAFE_METHODS.contains(&method) {
                     ctx.may_change = Some(url);
-                } else if max_forwards(session.req_header()) == Some(0) {
+                } else if matches!(method, "OPTIONS" | "TRACE")
+                    && max_forwards(session.req_header()) == Some(0)
+                {
                     let status = if method == "OPTIONS" { 204 } else { 405 };
                     let mut head = ResponseHeader::build_no_case(status, None)?;
                     head.insert_header(header::ALLOW, ALLOWED)?;
@@ -1119,6 +1138,13 @@ impl ProxyHttp for Front {
             let host = self.engine.origin().host(&url.host);
             upstream.insert_header(header::HOST, host.to_owned())?;
         }
+        // What names the host as well is for proxies (RFC 9112 section 3.2.1).
+        if !upstream.raw_path().starts_with(b"/")
+            && upstream.raw_path() != b"*"
+            && let Some(url) = url::of_request(session.req_header())
+        {
+            upstream.set_raw_path(url.target.as_bytes())?;
+        }
         upstream.append_header(header::VIA, HeaderValue::from_static(VIA))?;
         if let Some(id) = self.loop_id() {
             upstream.append_header("cdn-loop", id.as_bytes())?;
@@ -1161,6 +1187,14 @@ impl ProxyHttp for Front {
             "fwd={fwd}; fwd-status={}; detail={detail}",
             upstream.status.as_u16()
         );
+        if upstream.status != StatusCode::SWITCHING_PROTOCOLS {
+            // Framing is Pingora's: it has chosen it already.
+            for name in hop_by_hop(&upstream.headers) {
+                if ![header::TRANSFER_ENCODING, header::CONTENT_LENGTH].contains(&name) {
+                    upstream.remove_header(&name);
+                }
+            }
+        }
         self.describe(upstream, &status, "PASS")?;
         keep_date(upstream);
         if session.req_header().version == http::Version::HTTP_10
@@ -1177,9 +1211,7 @@ impl ProxyHttp for Front {
             // The answer is held back until no node answers from before it.
             self.engine.purge_changed(&url, &upstream.headers).await;
         }
-        self.metrics
-            .time_to_first_byte_seconds
-            .observe(ctx.started.elapsed().as_secs_f64());
+        self.count_begun(ctx.started);
         Ok(())
     }
 
@@ -1258,13 +1290,8 @@ impl ProxyHttp for Front {
             return;
         }
         if let (false, Some(why)) = (ctx.counted, ctx.passed) {
-            self.metrics.passthrough_requests_total.inc();
-            self.metrics.passes_total.with_label_values(&[why]).inc();
-            let status = session.response_written().map(|head| head.status);
-            self.metrics.count_response("PASS", status);
+            self.count_pass(why, session.response_written().map(|head| head.status));
         }
-        self.metrics
-            .request_duration_seconds
-            .observe(ctx.started.elapsed().as_secs_f64());
+        self.count_over(ctx.started);
     }
 }

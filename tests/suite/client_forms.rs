@@ -6,10 +6,10 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::future::join_all;
-use pingora_slice_tests::http::Reply;
+use pingora_slice_tests::http::{Reply, raw};
 use pingora_slice_tests::origin::Seen;
 use pingora_slice_tests::quick::Quick;
-use pingora_slice_tests::{Ask, Film, Options, SLICE_BYTES, TestCluster, Validators};
+use pingora_slice_tests::{Ask, Fault, Film, Options, SLICE_BYTES, TestCluster, Validators};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -555,6 +555,60 @@ async fn conditions_hold_for_what_is_not_here() {
     let cold = cluster.origin.publish("/cold", 3 * SLICE);
     let ask = Ask::new("HEAD", cold.path()).range("bytes=900-");
     assert_eq!(node.ask(ask).await.status, 200, "a range is for GET alone");
+}
+
+/// What is not kept is found out once, and then costs a request for each answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn conditions_and_ranges_on_what_is_not_kept_cost_one_request() {
+    let cluster = tiny_slices().await;
+    let node = cluster.node(1);
+    for (name, value, status) in [("If-Match", "\"x\"", 412), ("Range", "bytes=0-1", 206)] {
+        let film = cluster.origin.publish(&format!("/{name}"), SLICE - 2);
+        film.header("Cache-Control", "private");
+        let ask = || node.ask(Ask::get(film.path()).header(name, value));
+        assert_eq!(ask().await.status, status);
+        cluster.origin.forget_log();
+        for _ in 0..3 {
+            assert_eq!(ask().await.status, status);
+        }
+        assert_eq!(film.seen().len(), 3, "{name}");
+    }
+}
+
+/// RFC 9112 section 3.2.1, and RFC 9110 section 15.2: what is passed on reaches the
+/// origin as any request does, and an old client as it can read it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_passed_is_in_each_ones_form() {
+    let cluster = TestCluster::alone().await;
+    let node = cluster.node(1);
+    let film = cluster.origin.publish("/film", 10);
+    let post = "POST http://films.test/film?a HTTP/1.1\r\nHost: films.test\r\n\
+                Content-Length: 1\r\nConnection: close\r\n\r\nx";
+    raw(node.address(), post.as_bytes()).await.unwrap();
+    let log = cluster.origin.log();
+    let seen = log.last().expect("it is passed on");
+    assert_eq!(seen.target, "/film?a");
+    assert_eq!(seen.header("host"), "films.test");
+
+    let interim = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n\
+                    HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+    film.always(Fault::Garbage(interim.to_vec()));
+    let get = "GET /film HTTP/1.0\r\nHost: films.test\r\nCache-Control: no-store\r\n\r\n";
+    let answer = raw(node.address(), get.as_bytes()).await.unwrap();
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(answer.ends_with("ok"), "{answer}");
+}
+
+/// A client that wants nothing from the origin gets nothing from it, cache or none.
+#[tokio::test(flavor = "multi_thread")]
+async fn where_nothing_is_cached_only_if_cached_asks_nobody() {
+    let options = Options::alone().set("enable_cache", false);
+    let cluster = options.start().await;
+    let film = cluster.origin.publish("/film", 10);
+    let ask = Ask::get("/film").header("Cache-Control", "only-if-cached");
+    assert_eq!(cluster.node(1).ask(ask).await.status, 504);
+    assert_eq!(film.seen().len(), 0);
 }
 
 /// Framing that the next one may read otherwise is not sent on.

@@ -1,6 +1,7 @@
 //! The process and its signals: how it stops, reloads, and hands over.
 
 use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -257,6 +258,22 @@ async fn http2_without_tls_is_spoken_where_it_is_asked_for() {
         .expect("curl is installed");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(said, format!("2 200 {MIB}"), "{output:?}");
+
+    // A body that the head does not tell of, which the origin is to judge.
+    let mut curl = tokio::process::Command::new("curl")
+        .args(["-sS", "--max-time", "20", "--http2-prior-knowledge", "-o"])
+        .args(["/dev/null", "-X", "GET", "-T", "-"])
+        .args(["-w", "%header{x-cache}"])
+        .arg(format!("http://{address}/film"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("curl is installed");
+    let mut stdin = curl.stdin.take().expect("it is piped");
+    stdin.write_all(b"a question").await.unwrap();
+    drop(stdin);
+    let output = curl.wait_with_output().await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "PASS");
 }
 
 /// A shell's limit of descriptors is raised to what the system allows; where

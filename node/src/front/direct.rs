@@ -101,7 +101,7 @@ impl Front {
         let started = Instant::now();
         let _under_way = self.under_way();
         let fields = Arc::new(head.headers.clone());
-        let Disposition::Cacheable(request) = self.request(head, &fields) else {
+        let Disposition::Cacheable(request) = self.request(head, &fields, false) else {
             return Ok(Directly::Not(None));
         };
         let known = |resolved, gone| {
@@ -192,13 +192,8 @@ impl Front {
         let has_begun = AtomicBool::new(false);
         let begin = || {
             has_begun.store(true, Ordering::Relaxed);
-            self.metrics.requests_total.inc();
-            if body.start < body.end {
-                self.metrics.sliced_requests_total.inc();
-            }
-            self.metrics
-                .time_to_first_byte_seconds
-                .observe(started.elapsed().as_secs_f64());
+            self.count_request();
+            self.count_begun(started);
         };
         let answered = async {
             let given = match body.end - body.start <= SMALL_BYTES {
@@ -236,16 +231,14 @@ impl Front {
                 Err(io::ErrorKind::ConnectionAborted.into())
             }
             () = until_total(total) => {
-                if !has_begun.load(Ordering::Relaxed) {
-                    begin();
+                if !has_begun.swap(true, Ordering::Relaxed) {
+                    self.count_request();
                 }
                 Err(self.too_slow())
             }
         };
         if has_begun.load(Ordering::Relaxed) {
-            self.metrics
-                .request_duration_seconds
-                .observe(started.elapsed().as_secs_f64());
+            self.count_over(started);
         }
         answered
     }
@@ -282,7 +275,7 @@ impl Front {
             return Ok(Ok(Given::No));
         }
         begin();
-        self.count_response(found, head.status);
+        self.count_answer(found, head.status, body.start < body.end);
         for (bytes, source) in parts.iter().filter(|(bytes, _)| !bytes.is_empty()) {
             count_slice(&self.metrics, *source, bytes.len() as u64);
         }
@@ -329,7 +322,7 @@ impl Front {
             Some(Err(FillError::Damaged)) | None => return Ok(Ok(Given::No)),
         };
         begin();
-        self.count_response(found, head.status);
+        self.count_answer(found, head.status, true);
         let mut pace = Pace::new(config.client_timeouts);
         let (mut head, mut next) = (head.bytes, Some(first));
         while let Some(run) = next {
