@@ -55,6 +55,8 @@ macro_rules! metrics {
         #[derive(Debug)]
         pub struct Metrics {
             registry: Registry,
+            /// Each metric's name, and its HELP and TYPE as they are written.
+            headings: Vec<(String, String)>,
             started: SystemTime,
             /// Held while gauges are set and read, so that two scrapes do not mix.
             scrape: Mutex<()>,
@@ -66,6 +68,7 @@ macro_rules! metrics {
             pub fn new() -> Metrics {
                 let registry = Registry::new();
                 Metrics {
+                    headings: vec![$(heading::<$kind>(stringify!($name), concat!($($help),+)),)+],
                     $($name: $kind::register(&registry, &Declaration {
                         name: stringify!($name),
                         help: concat!($($help),+),
@@ -387,9 +390,16 @@ impl Metrics {
         self.process_start_time_seconds
             .set(unix_seconds(self.started));
         let families = self.registry.gather();
-        TextEncoder::new()
+        let mut text = TextEncoder::new()
             .encode_to_string(&families)
-            .expect("a family without series is not gathered, and nothing else fails")
+            .expect("a family without series is not gathered, and nothing else fails");
+        // That it exists is to be seen before anything is counted.
+        for (name, heading) in &self.headings {
+            if !families.iter().any(|family| family.name() == name) {
+                text.push_str(heading);
+            }
+        }
+        text
     }
 
     /// Counts an answer to a client, by what X-Cache said and, where one was
@@ -439,6 +449,22 @@ fn average_ms(sum_seconds: f64, count: f64) -> f64 {
     }
 }
 
+/// A metric's name, and what is written of one without series.
+fn heading<K: Kind>(name: &'static str, help: &'static str) -> (String, String) {
+    let (name, help, kind) = (full_name(name), help.trim(), K::TYPE);
+    let heading = format!("# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    (name, heading)
+}
+
+/// A metric's name as it is written.
+fn full_name(name: &str) -> String {
+    let prefix = match name.starts_with(OF_PROCESS) {
+        true => "",
+        false => PREFIX,
+    };
+    format!("{prefix}{name}")
+}
+
 /// Raises a counter to what another part of the node has counted.
 fn catch_up(counter: &IntCounter, total: u64) {
     counter.inc_by(total.saturating_sub(counter.get()));
@@ -454,11 +480,7 @@ struct Declaration {
 
 impl Declaration {
     fn opts(&self) -> Opts {
-        let prefix = match self.name.starts_with(OF_PROCESS) {
-            true => "",
-            false => PREFIX,
-        };
-        Opts::new(format!("{prefix}{}", self.name), self.help.trim())
+        Opts::new(full_name(self.name), self.help.trim())
     }
 
     fn histogram_opts(&self) -> HistogramOpts {
@@ -484,6 +506,9 @@ impl Declaration {
 
 /// A kind of metric that the table may name.
 trait Kind: Collector + Clone + Sized + 'static {
+    /// As its TYPE line says.
+    const TYPE: &'static str;
+
     fn declare(declaration: &Declaration) -> prometheus::Result<Self>;
 
     fn register(registry: &Registry, declaration: &Declaration) -> Self {
@@ -497,8 +522,10 @@ trait Kind: Collector + Clone + Sized + 'static {
 
 /// A kind without labels.
 macro_rules! single {
-    ($($kind:ident $opts:ident;)+) => {$(
+    ($($kind:ident $type:ident $opts:ident;)+) => {$(
         impl Kind for $kind {
+            const TYPE: &'static str = stringify!($type);
+
             fn declare(declaration: &Declaration) -> prometheus::Result<Self> {
                 $kind::with_opts(declaration.$opts())
             }
@@ -508,8 +535,10 @@ macro_rules! single {
 
 /// A kind with labels: what is known of them exists from the start.
 macro_rules! labelled {
-    ($($kind:ident $opts:ident;)+) => {$(
+    ($($kind:ident $type:ident $opts:ident;)+) => {$(
         impl Kind for $kind {
+            const TYPE: &'static str = stringify!($type);
+
             fn declare(declaration: &Declaration) -> prometheus::Result<Self> {
                 let metric = $kind::new(declaration.$opts(), &declaration.label_names())?;
                 for values in declaration.combinations() {
@@ -521,8 +550,17 @@ macro_rules! labelled {
     )+};
 }
 
-single! { IntCounter opts; Counter opts; Gauge opts; Histogram histogram_opts; }
-labelled! { IntCounterVec opts; GaugeVec opts; HistogramVec histogram_opts; }
+single! {
+    IntCounter counter opts;
+    Counter counter opts;
+    Gauge gauge opts;
+    Histogram histogram histogram_opts;
+}
+labelled! {
+    IntCounterVec counter opts;
+    GaugeVec gauge opts;
+    HistogramVec histogram histogram_opts;
+}
 
 #[cfg(test)]
 mod tests {
@@ -582,6 +620,8 @@ mod tests {
             let line = format!("\n{PREFIX}{name} 0\n");
             assert!(text.contains(&line), "{name} is not in\n{text}");
         }
+        // Peers are not known yet.
+        assert!(text.contains(&format!("\n# TYPE {PREFIX}peer_requests_total counter\n")));
         let version = env!("CARGO_PKG_VERSION");
         assert!(text.contains(&format!("{PREFIX}build_info{{version=\"{version}\"}} 1\n")));
         assert!(text.contains(&format!("{PREFIX}l2_writable 1\n")));
