@@ -137,6 +137,7 @@ impl L1 {
     pub fn keep_slice(&self, id: SliceId, slice: Slice) {
         // Immutable: one that is here need not be put again.
         if !self.store.contains_key(&Key::Slice(id)) {
+            let slice = slice.to_be_kept();
             self.store.insert(Key::Slice(id), Item::Slice(slice));
         }
     }
