@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin::Admin;
+use crate::certificates::{Certificates, Pairs};
 use crate::config::Config;
 use crate::connection::Clients;
 use crate::engine::Engine;
@@ -62,6 +63,7 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// # Errors
 /// A part that cannot be started, or that makes it impossible to go on.
 pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
+    let pairs = Pairs::read(&config.listen)?;
     warn_of_few_descriptors(&config);
     let socket = hand_over_socket(&config);
     let mut server = match (&socket, upgrade) {
@@ -89,6 +91,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
     let _inside = runtime.enter();
 
     let metrics = Arc::new(Metrics::new());
+    let certificates = Certificates::new(pairs);
     tell_when_certificates_end(&config, &metrics);
     let deadline = Instant::now() + patience;
     let (cluster, l2) = open_stores(&config, &runtime, deadline)?;
@@ -148,7 +151,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
             h2c,
         )
     };
-    let (clients, h2c) = listen(&config, service)?;
+    let (clients, h2c) = listen(&config, &certificates, service)?;
     let mut listening = vec![server.add_service(Listening(clients))];
     if let Some(service) = h2c {
         listening.push(server.add_service(Listening(service)));
@@ -235,23 +238,21 @@ fn open_stores(
 /// one for that where there is any.
 fn listen(
     config: &Config,
+    certificates: &Certificates,
     service: impl Fn(bool) -> Service<Clients>,
 ) -> anyhow::Result<(Service<Clients>, Option<Service<Clients>>)> {
     let mut clients = service(false);
     let mut h2c = None;
-    for listen in &config.listen {
+    for (listen, shown) in config.listen.iter().zip(certificates.shown()) {
         let address = listen.address.to_string();
-        match &listen.tls {
+        match shown {
             None if listen.h2 => h2c.get_or_insert_with(|| service(true)).add_tcp(&address),
             None => clients.add_tcp(&address),
-            Some(tls) => {
-                let path = |path: &PathBuf| {
-                    path.to_str()
-                        .map(str::to_owned)
-                        .ok_or_else(|| anyhow!("{}: not UTF-8", path.display()))
-                };
-                let mut settings = TlsSettings::intermediate(&path(&tls.cert)?, &path(&tls.key)?)
-                    .map_err(|e| anyhow!("listen.tls: {e}"))?;
+            Some(shown) => {
+                // The resolver goes first: no file is named.
+                let mut settings =
+                    TlsSettings::intermediate("", "").map_err(|e| anyhow!("listen.tls: {e}"))?;
+                settings.set_cert_resolver(shown.clone());
                 if listen.h2 {
                     settings.enable_h2();
                 }

@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use pingora_slice_tests::cluster::{Ports, WAIT_MAX, binary};
+use pingora_slice_tests::cluster::{Ports, WAIT_MAX, binary, ca, issue_certificate};
 
 fn start(yaml: &str, args: &[&str]) -> Output {
     let dir = tempfile::tempdir().unwrap();
@@ -143,4 +143,25 @@ fn compose_passes_on_what_the_node_files_name() {
             assert!(compose.contains(&line), "node {node}: {name}");
         }
     }
+}
+
+/// A key that belongs to another certificate ends the start, with the remedy.
+#[test]
+fn a_pair_that_does_not_match_ends_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    ca(dir.path(), &["init"]);
+    for id in [1, 2] {
+        issue_certificate(dir.path(), id);
+    }
+    let file = |name: &str| dir.path().join(name);
+    let yaml = format!(
+        "listen: [{{address: '127.0.0.1:1', tls: {{cert: {:?}, key: {:?}}}}}]\n",
+        file("node1.pem"),
+        file("node2.key")
+    );
+    let output = start(&yaml, &[]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("listen[0].tls.key"), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
 }
