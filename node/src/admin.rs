@@ -36,7 +36,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Secret;
+use crate::config::Live;
 use crate::metrics::{Gauges, Metrics, merge};
 use crate::purge::{self, AuthFailure, Purger, Refusal};
 use crate::status_page::{self, Sample};
@@ -109,8 +109,8 @@ impl Admin {
     }
 
     /// The service for the admin address; the caller adds the listener.
-    pub fn admin_service(self: &Arc<Self>, token: Secret) -> Service<HttpApp> {
-        let app = HttpApp::new(self.clone(), Face::Api(token));
+    pub fn admin_service(self: &Arc<Self>, live: Live) -> Service<HttpApp> {
+        let app = HttpApp::new(self.clone(), Face::Api(live));
         Service::new("admin".to_owned(), app)
     }
 
@@ -372,7 +372,8 @@ fn busy(why: &'static str) -> Reply {
 /// Which of the two addresses.
 enum Face {
     Metrics,
-    Api(Secret),
+    /// Whose token is the one in force.
+    Api(Live),
 }
 
 /// One address: reads a request, answers it, keeps the connection.
@@ -398,9 +399,12 @@ impl HttpApp {
         let head = session.req_header();
         match &self.face {
             Face::Metrics => self.admin.show(&head.method, head.uri.path()).await,
-            Face::Api(token) => {
+            Face::Api(live) => {
                 let given = purge::bearer(head);
-                if given.is_some_and(|given| token.matches(given)) {
+                let token = live.now().admin_token.clone();
+                if let (Some(token), Some(given)) = (token, given)
+                    && token.matches(given)
+                {
                     return self.admin.call(session).await;
                 }
                 if head.uri.path() == "/v1/purge" {
@@ -644,7 +648,7 @@ fn purge_message(recent: &purge::Recent) -> api::RecentPurge {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::PurgeConfig;
+    use crate::config::{Config, Settings};
     use crate::l2::L2Stats;
     use futures::StreamExt as _;
     use futures::stream::FuturesUnordered;
@@ -654,6 +658,7 @@ mod tests {
     use pingora_slice_cluster::handle::ClusterConfig;
     use pingora_slice_cluster::peer::TlsFiles;
     use std::net::SocketAddr;
+    use std::path::Path;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
     use tokio::sync::watch;
@@ -696,22 +701,21 @@ mod tests {
         }
     }
 
+    fn live(token: &str) -> Live {
+        let yaml = format!(
+            "{{listen: '127.0.0.1:1', admin: {{address: '127.0.0.1:2', auth_token: {token}}}}}"
+        );
+        let config = Config::parse(&yaml, Path::new("/")).unwrap();
+        Live::new(Settings::of(&config))
+    }
+
     fn admin() -> Arc<Admin> {
         admin_of(Cluster::alone(None).unwrap())
     }
 
     fn admin_of(cluster: Cluster) -> Arc<Admin> {
         let metrics = Arc::new(Metrics::new());
-        let purge = PurgeConfig {
-            enable_metrics: true,
-            ..PurgeConfig::default()
-        };
-        let purger = Purger::new(
-            cluster.clone(),
-            metrics.clone(),
-            purge,
-            crate::url::Naming::default(),
-        );
+        let purger = Purger::new(cluster.clone(), metrics.clone(), live("t"));
         Admin::new(cluster, Arc::new(Echo), metrics, purger)
     }
 
@@ -816,7 +820,7 @@ mod tests {
     #[tokio::test]
     async fn the_api_wants_its_token_for_everything() {
         let admin = admin();
-        let address = served(&admin, Face::Api(Secret::new("s3cret"))).await;
+        let address = served(&admin, Face::Api(live("s3cret"))).await;
         for path in ["GET /v1/cluster", "POST /v1/purge", "GET /", "GET /nothing"] {
             for token in ["", "Bearer", "Bearer wrong", "Basic s3cret"] {
                 let (status, body) = call(address, path, token, "").await;
@@ -831,7 +835,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_api_refuses_what_it_does_not_know() {
-        let address = served(&admin(), Face::Api(Secret::new("t"))).await;
+        let address = served(&admin(), Face::Api(live("t"))).await;
         let long = "x".repeat(api::REQUEST_BYTES_MAX / 1000);
         let many = format!("{{\"urls\":[{}]}}", vec!["\"a/x\""; 1001].join(","));
         for (line, body, expected) in [
@@ -865,7 +869,7 @@ mod tests {
     /// However many calls warm, and for however long.
     #[tokio::test]
     async fn who_warms_leaves_room_for_purges() {
-        let address = served(&admin(), Face::Api(Secret::new("t"))).await;
+        let address = served(&admin(), Face::Api(live("t"))).await;
         let warm = |_| async move {
             let body = format!("{{\"urls\":[\"{ENDLESS}\"]}}");
             call(address, "POST /v1/warm", "Bearer t", &body).await.0
@@ -882,7 +886,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_that_is_too_long_is_not_read() {
-        let address = served(&admin(), Face::Api(Secret::new("t"))).await;
+        let address = served(&admin(), Face::Api(live("t"))).await;
         let head = "POST /v1/purge HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\n";
         let announced = format!("{head}Content-Length: {}\r\n\r\n", 1u64 << 40);
         let answer = raw(address, &announced).await;
@@ -908,9 +912,7 @@ mod tests {
     #[tokio::test]
     async fn client_and_api_agree() {
         let admin = admin();
-        let address = served(&admin, Face::Api(Secret::new("t")))
-            .await
-            .to_string();
+        let address = served(&admin, Face::Api(live("t"))).await.to_string();
         let cluster = admin.cluster.clone();
         let (purged, again) = tokio::task::spawn_blocking(move || {
             let client = Client::new(&address, "t");
@@ -992,7 +994,7 @@ mod tests {
         assert_eq!(call(metrics, "GET /health", "none", "").await.0, 200);
         assert_eq!(call(metrics, "GET /", "none", "").await.0, 200);
 
-        let api = served(&admin, Face::Api(Secret::new("t"))).await;
+        let api = served(&admin, Face::Api(live("t"))).await;
         let (status, answer) = call(api, "POST /v1/purge", "Bearer t", "{\"all\":true}").await;
         assert_eq!(status, 503);
         let failure: api::Failure = serde_json::from_str(&answer).unwrap();

@@ -1,5 +1,6 @@
-//! The certificates that clients are shown, read and checked at the start. Not
-//! here: certificates between nodes (the cluster's `peer`).
+//! The certificates that clients are shown: read at the start and at each reload
+//! (SIGHUP). A handshake takes the pair that is there when it begins; connections
+//! that stand go on. Not here: certificates between nodes (the cluster's `peer`).
 
 use std::fs::File;
 use std::io::Read;
@@ -57,6 +58,19 @@ impl Certificates {
     /// Those of the listeners, in their order.
     pub fn shown(&self) -> &[Option<Arc<Shown>>] {
         &self.0
+    }
+
+    /// Goes on with these, of the same listeners, for handshakes from now on; whether
+    /// one is another than before.
+    pub fn renew(&self, pairs: Pairs) -> bool {
+        let mut is_other = false;
+        for (shown, pair) in self.0.iter().zip(pairs.0) {
+            if let (Some(shown), Some(pair)) = (shown, pair) {
+                let before = shown.0.swap(pair.clone());
+                is_other |= before.cert != pair.cert;
+            }
+        }
+        is_other
     }
 }
 

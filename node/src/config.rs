@@ -6,9 +6,11 @@
 //! each with its key, its value and a remedy. `configs/pingora_slice.yaml`
 //! describes every key. Nothing else in the daemon reads configuration files
 //! or the environment. Not here: how YAML becomes values
-//! (`read`), the keys and their rules (`rules`).
+//! (`read`), the keys and their rules (`rules`), which of them a running node
+//! takes (`live`).
 
 mod address;
+mod live;
 mod read;
 mod rules;
 #[cfg(test)]
@@ -26,6 +28,7 @@ use serde_yaml::{Mapping, Value};
 use crate::budget::Sum;
 use crate::l2::L2Config;
 use address::reaches;
+pub use live::{Changes, LISTEN_TLS, Live, Settings};
 pub use read::{Problem, Problems};
 use read::{Reader, Section};
 use rules::{read_config, refuse_contradictions, refuse_missing_files};
@@ -175,59 +178,6 @@ impl Config {
     /// As [`Config::load`]; go on with what is in force.
     pub fn reload(&self) -> Result<Config, Problems> {
         Config::load_from(self.source.clone())
-    }
-
-    /// The keys that differ from `other`, at top level.
-    pub fn differences(&self, other: &Config) -> Vec<&'static str> {
-        let patterns =
-            |config: &Config| Vec::from_iter(config.slice_patterns.iter().map(Regex::to_string));
-        let l2 = |config: &Config| {
-            let l2 = config
-                .l2
-                .as_ref()
-                // The life goes with the section `cluster`.
-                .map(
-                    |L2Config {
-                         dir,
-                         bytes_max,
-                         life: _,
-                     }| (dir.clone(), *bytes_max),
-                );
-            (l2.is_some(), l2.unzip())
-        };
-        let (is_on, (dir, bytes_max)) = l2(self);
-        let (other_is_on, (other_dir, other_bytes_max)) = l2(other);
-        let is_on_in_both = is_on && other_is_on;
-        let mut keys = vec![
-            ("slice_patterns", patterns(self) != patterns(other)),
-            ("enable_l2_cache", is_on != other_is_on),
-            ("l2_cache_dir", is_on_in_both && dir != other_dir),
-            (
-                "l2_cache_size_bytes",
-                is_on_in_both && bytes_max != other_bytes_max,
-            ),
-        ];
-        macro_rules! compare {
-            ($($key:literal: $field:ident),* $(,)?) => {
-                // A field that is not named here does not compile.
-                let Config { $($field,)* slice_patterns: _, l2: _, warnings: _, source: _ } = self;
-                keys.extend([$(($key, *$field != other.$field)),*]);
-            };
-        }
-        compare! {
-            "listen": listen, "upstream_address": upstreams, "upstream_host": upstream_host,
-            "threads": threads, "slice_size": slice_bytes,
-            "max_concurrent_subrequests": max_concurrent_subrequests, "max_retries": max_retries,
-            "enable_cache": enable_cache, "cache_ttl": cache_ttl,
-            "default_freshness": default_freshness, "caching": caching,
-            "l1_cache_size_bytes": l1_bytes_max, "memory_budget": memory,
-            "max_object_size": max_object_bytes, "origin_probe": origin_probe,
-            "stitch_log": stitch_log, "metrics_endpoint": metrics_endpoint, "purge": purge,
-            "admin": admin, "cluster": cluster, "origin_timeouts": origin_timeouts,
-            "client_timeouts": client_timeouts, "drain_timeout": drain_timeout,
-        }
-        keys.retain(|(_, differs)| *differs);
-        keys.into_iter().map(|(key, _)| key).collect()
     }
 
     /// Checks YAML text; relative paths start at `base_dir`. Does not check

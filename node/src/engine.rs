@@ -42,9 +42,9 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use crate::budget::{Budget, Permit};
-use crate::config::Config;
+use crate::config::{Config, Live, Settings};
 use crate::flight::{FillError, Flights, SliceReader, Source};
-use crate::freshness::{Demands, NotStored, Policy, Use, unix_ms};
+use crate::freshness::{Demands, NotStored, Use, unix_ms};
 use crate::l1::{Kept, L1};
 use crate::l2::L2;
 use crate::manifest::{self, Manifest, Stored};
@@ -52,7 +52,7 @@ use crate::metrics::Metrics;
 use crate::origin::{Origin, OriginBody};
 use crate::plan;
 use crate::stitch::StitchLog;
-use crate::url::{Naming, Url};
+use crate::url::Url;
 
 use changes::Changes;
 pub use fill::Fill;
@@ -84,6 +84,8 @@ pub struct Request {
     pub sliced: bool,
     /// From 0 to 1: what is left to chance is decided once for a request.
     pub chance: f64,
+    /// Those in force when it came: it is answered by them to the end.
+    pub settings: Arc<Settings>,
 }
 
 /// What a fill sends to the origin; built lazily: hits never need it.
@@ -329,9 +331,8 @@ pub struct Engine {
 
 struct Inner {
     config: Config,
-    naming: Naming,
+    live: Live,
     budget: Budget,
-    policy: Policy,
     cluster: Cluster,
     origin: Origin,
     l1: L1,
@@ -384,23 +385,16 @@ impl Engine {
         metrics: Arc<Metrics>,
         runtime: Handle,
     ) -> Engine {
+        let live = Live::new(Settings::of(&config));
         let inner = Inner {
-            policy: Policy {
-                default_freshness: config.default_freshness,
-                cache_ttl: config.cache_ttl,
-                caching: config.caching.clone(),
-            },
             budget: Budget::new(config.memory),
             l1: L1::new(
                 config.l1_bytes_max,
                 config.l2.as_ref().map(|l2| l2.bytes_max),
                 config.slice_bytes,
             ),
-            stitch: StitchLog::new(config.stitch_log, metrics.clone()),
-            naming: Naming::new(
-                config.upstream_host.as_deref(),
-                config.caching.query.clone(),
-            ),
+            stitch: StitchLog::new(live.clone(), metrics.clone()),
+            live,
             config,
             cluster,
             origin,
@@ -671,20 +665,15 @@ impl Engine {
         &self.inner.origin
     }
 
-    /// The configuration.
+    /// The configuration that the node was started with. What a reload may have changed
+    /// since is in [`Engine::live`].
     pub fn config(&self) -> &Config {
         &self.inner.config
     }
 
-    /// How objects are named.
-    pub fn naming(&self) -> &Naming {
-        &self.inner.naming
-    }
-
-    /// Whether an object is fetched in slices.
-    pub(crate) fn is_sliced(&self, url: &Url) -> bool {
-        let patterns = &self.inner.config.slice_patterns;
-        patterns.is_empty() || patterns.iter().any(|pattern| pattern.is_match(url.path()))
+    /// The settings in force.
+    pub fn live(&self) -> &Live {
+        &self.inner.live
     }
 
     fn me(&self) -> NodeId {

@@ -189,6 +189,11 @@ impl Front {
         passed.any(|name| name.trim() == &**id)
     }
 
+    /// The object that a request names.
+    fn name_of(&self, head: &RequestHeader) -> Option<Url> {
+        self.engine.live().now().naming.of_request(head)
+    }
+
     /// Reads a request; `has_body`: whether one comes with it.
     fn request(
         &self,
@@ -196,17 +201,15 @@ impl Front {
         fields: &Arc<HeaderMap>,
         has_body: bool,
     ) -> Disposition {
-        let Some(url) = self.engine.naming().of_request(head) else {
+        let settings = self.engine.live().take();
+        let Some(url) = settings.naming.of_request(head) else {
             return Disposition::Refuse(400, "malformed");
         };
         if self.has_passed_here(head) {
             return Disposition::Refuse(508, "loop");
         }
         let loop_id = self.loop_id();
-        let demands = Demands::of(
-            &head.headers,
-            &self.engine.config().caching.request_directives,
-        );
+        let demands = Demands::of(&head.headers, &settings.policy.caching.request_directives);
         let pass = |why| match demands.only_if_cached {
             true => Disposition::Refuse(504, "only-if-cached"),
             false => Disposition::Pass(why),
@@ -227,7 +230,7 @@ impl Front {
             return pass("request-no-store");
         }
         let key = hash_key.object(&url.host, &url.target);
-        let sliced = self.engine.is_sliced(&url);
+        let sliced = settings.is_sliced(&url);
         let url = Arc::new(url);
         Disposition::Cacheable(Request {
             key,
@@ -249,6 +252,7 @@ impl Front {
             },
             sliced,
             chance: rand::random(),
+            settings,
         })
     }
 
@@ -376,7 +380,7 @@ impl Front {
         plan: Plan,
     ) -> Result<Answered> {
         let manifest = &found.object.manifest;
-        let (head, pieces) = self.head(found, plan, ctx.fenced)?;
+        let (head, pieces) = self.head(request, found, plan, ctx.fenced)?;
         let status = head.status;
         if !is_get || pieces.is_empty() {
             self.begin(session, ctx, head, true, &found.informational)
@@ -385,7 +389,7 @@ impl Front {
             self.count_answer(found, status, false);
             return Ok(Answered::Done);
         }
-        let ahead = self.engine.config().max_concurrent_subrequests;
+        let ahead = request.settings.max_concurrent_subrequests;
         // HTTP/2 keeps pieces in its own buffer after it has taken them.
         let form = match session.as_downstream().is_http2() {
             true => Form::Copies,
@@ -505,6 +509,7 @@ impl Front {
     /// The head and the body's pieces of a planned answer.
     fn head(
         &self,
+        request: &Request,
         found: &Found,
         plan: Plan,
         fenced: bool,
@@ -514,7 +519,7 @@ impl Front {
             parts.headers = found.object.fields();
         }
         let mut head = ResponseHeader::from(parts);
-        let pieces = self.complete(&mut head, found, plan, fenced)?;
+        let pieces = self.complete(&mut head, request, found, plan, fenced)?;
         Ok((head, pieces))
     }
 
@@ -523,6 +528,7 @@ impl Front {
     fn complete(
         &self,
         head: &mut ResponseHeader,
+        request: &Request,
         found: &Found,
         plan: Plan,
         fenced: bool,
@@ -590,9 +596,10 @@ impl Front {
         }
         let now_ms = unix_ms(SystemTime::now());
         head.insert_header(header::AGE, manifest.freshness.age(now_ms))?;
+        let show_key = request.settings.policy.caching.show_key;
         self.describe(
             head,
-            &cache_status(found, now_ms, fenced, self.engine.config().caching.show_key),
+            &cache_status(found, now_ms, fenced, show_key),
             x_cache(found.resolution),
         )?;
         Ok(pieces)
@@ -701,7 +708,7 @@ impl Front {
         // The client's own wish, or its own fault, is no failure.
         if status >= 500
             && !matches!(reason, "only-if-cached" | "malformed")
-            && let Some(url) = self.engine.naming().of_request(session.req_header())
+            && let Some(url) = self.name_of(session.req_header())
         {
             self.log_failure(&url, status, reason);
         }
@@ -1077,7 +1084,7 @@ impl ProxyHttp for Front {
             }
             method => {
                 self.count_request();
-                let Some(url) = self.engine.naming().of_request(session.req_header()) else {
+                let Some(url) = self.name_of(session.req_header()) else {
                     self.refuse(session, ctx, 400, "malformed").await?;
                     return Ok(true);
                 };
@@ -1134,7 +1141,7 @@ impl ProxyHttp for Front {
         upstream: &mut RequestHeader,
         _ctx: &mut Context,
     ) -> Result<()> {
-        if let Some(url) = self.engine.naming().of_request(session.req_header()) {
+        if let Some(url) = self.name_of(session.req_header()) {
             let host = self.engine.origin().host(&url.host);
             upstream.insert_header(header::HOST, host.to_owned())?;
         }

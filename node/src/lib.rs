@@ -12,6 +12,7 @@
 //! | --- | --- |
 //! | [`node`] | which parts are there, in what order do they start and stop? |
 //! | [`config`] | what did the operator ask for, and what is wrong with it? |
+//! | `config/live` | what of it takes effect without a start? |
 //! | [`certificates`] | what are clients of TLS shown? |
 //! | `connection`, `head`, `stream`, `reset`, `listening` | who reads a client's next request; what is done on its connection that Pingora does not do? |
 //! | `front`, `front/direct` | how does one request become one answer: through Pingora, or straight on the connection? |

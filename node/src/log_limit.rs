@@ -23,9 +23,14 @@ impl Paced {
 
     /// Whether a line may be written now: then the number of those that were left out.
     pub fn turn(&self) -> Option<u64> {
+        self.turn_in(self.pace)
+    }
+
+    /// As [`Paced::turn`], with another pace.
+    pub fn turn_in(&self, pace: Duration) -> Option<u64> {
         let mut last = self.last.lock().expect("no panic while held");
         let (at, left_out) = &mut *last;
-        if at.is_some_and(|at| at.elapsed() < self.pace) {
+        if at.is_some_and(|at| at.elapsed() < pace) {
             *left_out += 1;
             return None;
         }

@@ -204,7 +204,7 @@ metrics! {
     peer_faults_total: IntCounterVec {reason = ["handshake" "not-member" "bad-frame" "busy" "body-broken"]};
     /// Largest UDP payload, in bytes, known to pass to and from a node: the least of its connections for slices. Worry when it stays at 1200: the network passes no larger packets, which costs CPU.
     link_mtu_bytes: GaugeVec {peer = []};
-    /// End of a certificate, in seconds since 1970: this node's own among peers, and the first of listen.tls to end, as read at the start. Worry 30 days before.
+    /// End of a certificate, in seconds since 1970: this node's own among peers, and the first of listen.tls to end, as last read. Worry 30 days before.
     certificate_expires_seconds: GaugeVec {which = []};
     /// 1 if this node has reached that one within the last few seconds, else 0. Worry at 0 for a minute.
     node_up: GaugeVec {node = []};

@@ -27,7 +27,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admin::Admin;
 use crate::certificates::{Certificates, Pairs};
-use crate::config::Config;
+use crate::config::{Changes, Config, LISTEN_TLS, Live, Problems, Settings};
 use crate::connection::Clients;
 use crate::engine::Engine;
 use crate::front::Front;
@@ -52,6 +52,9 @@ pub const PARTS_STOP_MAX: Duration = handle::STOP_MAX
 /// What a hand-over may take beyond the old process's drain: Pingora's old
 /// process accepts for 5 s more, and then its parts stop.
 const HAND_OVER_EXTRA: Duration = Duration::from_secs(5).saturating_add(PARTS_STOP_MAX);
+/// How often a request that is passed on is sent on connections that turn out to be
+/// closed. It is not tried again for its answer, as fetches are (`max_retries`).
+const PASS_TRIES_MAX: usize = 4;
 /// Between two tries to take what the old process still holds.
 const TRY_AGAIN: Duration = Duration::from_millis(50);
 /// Longest path of a Unix socket, without its final zero.
@@ -91,8 +94,10 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
     let _inside = runtime.enter();
 
     let metrics = Arc::new(Metrics::new());
-    let certificates = Certificates::new(pairs);
-    tell_when_certificates_end(&config, &metrics);
+    let certificates = Arc::new(Certificates::new(pairs));
+    tell_when_listeners_end(&config, &metrics);
+    let peer = config.cluster.as_ref().map(|cluster| &cluster.tls.cert);
+    tell_when_ends(&metrics, "peer", peer.into_iter());
     let deadline = Instant::now() + patience;
     let (cluster, l2) = open_stores(&config, &runtime, deadline)?;
     let origin = Origin::new(
@@ -110,12 +115,8 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
         runtime.handle().clone(),
     );
     cluster.serve(Arc::new(Watched(engine.clone())));
-    let purger = Purger::new(
-        cluster.clone(),
-        metrics.clone(),
-        config.purge.clone(),
-        engine.naming().clone(),
-    );
+    let live = engine.live().clone();
+    let purger = Purger::new(cluster.clone(), metrics.clone(), live.clone());
     let admin = Admin::new(
         cluster.clone(),
         Arc::new(engine.clone()),
@@ -136,7 +137,13 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
         let stop = stop.clone();
         async move { origin.watch_until(stop).await }
     });
-    runtime.spawn(reload_on_hup(config.clone(), purger.clone(), stop.clone()));
+    let reload = Reload {
+        config: config.clone(),
+        live: live.clone(),
+        certificates: certificates.clone(),
+        metrics: metrics.clone(),
+    };
+    runtime.spawn(reload.on_hup(stop.clone()));
 
     let under_way = TaskTracker::new();
     let budget = engine.budget().clone();
@@ -163,7 +170,7 @@ pub fn run(config: Config, upgrade: bool) -> anyhow::Result<()> {
         server.add_service(service).add_dependencies(&listening);
     }
     if let Some(settings) = &config.admin {
-        let mut service = admin.admin_service(settings.auth_token.clone());
+        let mut service = admin.admin_service(live);
         service.add_tcp(&settings.address.to_string());
         server.add_service(service);
     }
@@ -276,24 +283,19 @@ async fn drain(under_way: TaskTracker, drain_timeout: Duration) {
     }
 }
 
-/// Those that this process reads at its start; another needs another start.
-fn tell_when_certificates_end(config: &Config, metrics: &Metrics) {
-    let peer = config.cluster.as_ref().map(|cluster| &cluster.tls.cert);
-    let listen = config
-        .listen
-        .iter()
-        .filter_map(|listen| listen.tls.as_ref());
-    let listen = listen.filter_map(|tls| certificate_expires(&tls.cert));
-    for (which, end) in [
-        ("peer", peer.and_then(|cert| certificate_expires(cert))),
-        ("listen", listen.min()),
-    ] {
-        if let Some(end) = end {
-            metrics
-                .certificate_expires_seconds
-                .with_label_values(&[which])
-                .set(unix_seconds(end));
-        }
+/// Says when the first of the listeners' certificates ends.
+fn tell_when_listeners_end(config: &Config, metrics: &Metrics) {
+    let with_tls = config.listen.iter().filter_map(|l| l.tls.as_ref());
+    tell_when_ends(metrics, "listen", with_tls.map(|tls| &tls.cert));
+}
+
+/// Says when the first of the certificates that this process has just read ends.
+fn tell_when_ends<'a>(metrics: &Metrics, which: &str, certs: impl Iterator<Item = &'a PathBuf>) {
+    if let Some(end) = certs.filter_map(|cert| certificate_expires(cert)).min() {
+        metrics
+            .certificate_expires_seconds
+            .with_label_values(&[which])
+            .set(unix_seconds(end));
     }
 }
 
@@ -419,7 +421,7 @@ fn server_conf(config: &Config) -> ServerConf {
         // Pingora keeps so many for each thread.
         upstream_keepalive_pool_size: (PASSES_IDLE_MAX / config.threads).max(1),
         // Pingora counts tries; each address that cannot be connected to is one.
-        max_retries: config.max_retries as usize + config.upstreams.len() * origin::ADDRESSES_MAX,
+        max_retries: PASS_TRIES_MAX + config.upstreams.len() * origin::ADDRESSES_MAX,
         ..ServerConf::default()
     }
 }
@@ -488,31 +490,55 @@ impl ShutdownSignalWatch for Signals {
     }
 }
 
-/// SIGHUP: the purge section is read again; other changes need a restart and
-/// are named, and a file with problems changes nothing.
-async fn reload_on_hup(mut config: Config, purger: Arc<Purger>, stop: CancellationToken) {
-    let Ok(mut hup) = signal(SignalKind::hangup()) else {
-        return;
-    };
-    while stop
-        .run_until_cancelled(hup.recv())
-        .await
-        .flatten()
-        .is_some()
-    {
-        match config.reload() {
-            Ok(new) => {
-                purger.reload(new.purge.clone());
-                config.purge = new.purge.clone();
-                let keys = config.differences(&new);
-                if keys.is_empty() {
-                    tracing::info!("configuration read again");
-                } else {
-                    tracing::warn!(?keys, "configuration read again; these need a restart");
+/// What a reload changes.
+struct Reload {
+    /// What is in force, and what was at the start of what a start alone can change.
+    config: Config,
+    live: Live,
+    certificates: Arc<Certificates>,
+    metrics: Arc<Metrics>,
+}
+
+impl Reload {
+    /// SIGHUP reads the configuration again, until `stop`.
+    async fn on_hup(mut self, stop: CancellationToken) {
+        let Ok(mut hup) = signal(SignalKind::hangup()) else {
+            return;
+        };
+        while stop
+            .run_until_cancelled(hup.recv())
+            .await
+            .flatten()
+            .is_some()
+        {
+            match self.read_again() {
+                Ok(changes) => {
+                    tracing::info!(in_effect = ?changes.now, "configuration read again");
+                    if !changes.at_start.is_empty() {
+                        tracing::warn!(keys = ?changes.at_start, "changed: takes effect at the next start");
+                    }
                 }
+                Err(problems) => tracing::error!(%problems, "configuration not changed"),
             }
-            Err(problems) => tracing::error!(%problems, "configuration not changed"),
         }
+    }
+
+    /// Takes all that can be taken, or nothing where there is a problem.
+    fn read_again(&mut self) -> Result<Changes, Problems> {
+        let new = self.config.reload()?;
+        let mut config = self.config.clone();
+        let mut changes = config.take(&new);
+        let pairs = Pairs::read(&config.listen)?;
+        for warning in &new.warnings {
+            tracing::warn!("{warning}");
+        }
+        if self.certificates.renew(pairs) && !changes.now.contains(&LISTEN_TLS) {
+            changes.now.push(LISTEN_TLS);
+        }
+        tell_when_listeners_end(&config, &self.metrics);
+        self.live.replace(Settings::of(&config));
+        self.config = config;
+        Ok(changes)
     }
 }
 

@@ -29,7 +29,6 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use arc_swap::ArcSwap;
 use http::{HeaderName, StatusCode, header};
 use pingora_http::RequestHeader;
 use pingora_slice_client::api;
@@ -39,7 +38,7 @@ use pingora_slice_cluster::slice::HashKey;
 use pingora_slice_cluster::{Cluster, NodeId};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::PurgeConfig;
+use crate::config::{Live, PurgeConfig};
 use crate::metrics::Metrics;
 use crate::observer::{Observer, Settled};
 use crate::url::{self, Naming, Url, checked_host};
@@ -250,33 +249,21 @@ pub struct Recent {
 pub struct Purger {
     cluster: Cluster,
     metrics: Arc<Metrics>,
-    config: ArcSwap<PurgeConfig>,
-    naming: Naming,
+    live: Live,
     recent: Mutex<VecDeque<Recent>>,
     observer: Observer,
 }
 
 impl Purger {
-    /// One per node.
-    pub fn new(
-        cluster: Cluster,
-        metrics: Arc<Metrics>,
-        config: PurgeConfig,
-        naming: Naming,
-    ) -> Arc<Purger> {
+    /// One per node; a purge keeps the settings that it began with.
+    pub fn new(cluster: Cluster, metrics: Arc<Metrics>, live: Live) -> Arc<Purger> {
         Arc::new(Purger {
             observer: Observer::new(cluster.clone(), metrics.clone()),
             cluster,
             metrics,
-            config: ArcSwap::from_pointee(config),
-            naming,
+            live,
             recent: Mutex::default(),
         })
-    }
-
-    /// Goes on with another configuration; purges under way keep the old one.
-    pub fn reload(&self, config: PurgeConfig) {
-        self.config.store(Arc::new(config));
     }
 
     /// Answers the method `PURGE` of a client listener.
@@ -287,11 +274,11 @@ impl Purger {
     ) -> PurgeAnswer {
         let started = Instant::now();
         let refused = |refusal: &Refusal, url| refused(refusal, url, started.elapsed());
-        let config = self.config.load_full();
-        if !config.enabled {
+        let settings = self.live.take();
+        if !settings.purge.enabled {
             return refused(&Refusal::Disabled, None);
         }
-        if let Err(reason) = authorize(&config, head, client_is_loopback) {
+        if let Err(reason) = authorize(&settings.purge, head, client_is_loopback) {
             self.count_auth_failure(reason);
             self.count(&[(method_of(head), 1)], "auth_failure");
             return refused(&Refusal::Unauthorized { reason }, None);
@@ -327,7 +314,7 @@ impl Purger {
         match &outcome {
             Ok((receipt, request_id)) => {
                 self.count(&methods, "success");
-                if self.config.load().enable_metrics {
+                if self.live.now().purge.enable_metrics {
                     for (method, count) in &methods {
                         let label = &[*method];
                         self.metrics
@@ -419,7 +406,7 @@ impl Purger {
 
     /// Counts a token that was not accepted.
     pub fn count_auth_failure(&self, reason: AuthFailure) {
-        if self.config.load().enable_metrics {
+        if self.live.now().purge.enable_metrics {
             self.metrics
                 .purge_auth_failures_total
                 .with_label_values(&[reason.as_str()])
@@ -439,11 +426,12 @@ impl Purger {
         let Some(key) = self.cluster.view().hash_key else {
             return Err(not_confirmed("the cluster has not formed yet".to_owned()));
         };
+        let settings = self.live.take();
         let items: Vec<PurgeItem> = wanted
             .named
             .iter()
             .map(|named| PurgeItem {
-                scope: named.scope(&key, &self.naming),
+                scope: named.scope(&key, &settings.naming),
                 mode: wanted.mode,
             })
             .collect();
@@ -469,7 +457,7 @@ impl Purger {
     }
 
     fn count(&self, methods: &[(&'static str, u64)], result: &str) {
-        if !self.config.load().enable_metrics {
+        if !self.live.now().purge.enable_metrics {
             return;
         }
         for (method, _) in methods {
@@ -784,8 +772,10 @@ const _: () = assert!(
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
-    use crate::config::Secret;
+    use crate::config::{Config, Secret, Settings};
     use crate::metrics::Gauges;
     use pingora_slice_cluster::purge::{Floor, Subject};
 
@@ -797,14 +787,22 @@ mod tests {
         head
     }
 
+    fn settings(purge: PurgeConfig) -> Settings {
+        let config = Config::parse("listen: 127.0.0.1:1", Path::new("/")).unwrap();
+        Settings {
+            purge,
+            ..Settings::of(&config)
+        }
+    }
+
     fn purger(token: Option<&str>) -> Arc<Purger> {
-        let config = PurgeConfig {
+        let live = Live::new(settings(PurgeConfig {
             enabled: true,
             auth_token: token.map(Secret::new),
             enable_metrics: true,
-        };
+        }));
         let cluster = Cluster::alone(None).unwrap();
-        Purger::new(cluster, Arc::new(Metrics::new()), config, Naming::default())
+        Purger::new(cluster, Arc::new(Metrics::new()), live)
     }
 
     /// What the JSON says, and that the headers go with it.
@@ -1039,15 +1037,15 @@ mod tests {
     #[tokio::test]
     async fn a_reload_switches_it_off_and_metrics_too() {
         let purger = purger(None);
-        purger.reload(PurgeConfig::default());
+        purger.live.replace(settings(PurgeConfig::default()));
         let head = request("/x", &[("host", "a")]);
         let answer = purger.purge_request(&head, true).await;
         assert_eq!(answer.status, StatusCode::NOT_FOUND);
         body(&answer);
-        purger.reload(PurgeConfig {
+        purger.live.replace(settings(PurgeConfig {
             enabled: true,
             ..PurgeConfig::default()
-        });
+        }));
         purged(&purger, "/x", &[("host", "a")]).await;
         let text = purger.metrics.render(&Gauges::default());
         assert!(text.contains("purge_requests_total{method=\"url\"} 0\n"));

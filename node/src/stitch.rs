@@ -7,7 +7,7 @@ use std::sync::Arc;
 use http::HeaderMap;
 use pingora_slice_cluster::wire::Version;
 
-use crate::config;
+use crate::config::Live;
 use crate::log_limit::Paced;
 use crate::metrics::Metrics;
 use crate::url::Url;
@@ -28,17 +28,17 @@ pub struct Fault<'a> {
 
 /// Counts every fault, writes at most one line per pace.
 pub struct StitchLog {
-    settings: config::StitchLog,
+    live: Live,
     metrics: Arc<Metrics>,
     paced: Paced,
 }
 
 impl StitchLog {
-    /// A log by the configuration's `stitch_log`.
-    pub fn new(settings: config::StitchLog, metrics: Arc<Metrics>) -> StitchLog {
+    /// A log by the `stitch_log` in force.
+    pub fn new(live: Live, metrics: Arc<Metrics>) -> StitchLog {
         StitchLog {
-            paced: Paced::new(settings.pace),
-            settings,
+            paced: Paced::new(live.now().stitch_log.pace),
+            live,
             metrics,
         }
     }
@@ -49,10 +49,11 @@ impl StitchLog {
             .stitch_faults_total
             .with_label_values(&[fault.reason])
             .inc();
-        if !self.settings.enabled {
+        let settings = self.live.now().stitch_log;
+        if !settings.enabled {
             return;
         }
-        let Some(left_out) = self.paced.turn() else {
+        let Some(left_out) = self.paced.turn_in(settings.pace) else {
             return;
         };
         let got = |name: &str| {

@@ -21,5 +21,6 @@ mod process;
 mod property;
 mod purge;
 mod range;
+mod reload;
 mod restart;
 mod serve;

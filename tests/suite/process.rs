@@ -1,4 +1,4 @@
-//! The process and its signals: how it stops, reloads, and hands over.
+//! The process and its signals: how it stops and hands over (`reload`: SIGHUP).
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
@@ -132,41 +132,6 @@ async fn sigquit_without_a_successor_is_ignored() {
         .await;
     cluster.node(1).read(&film).await;
     assert!(cluster.node_mut(1).terminate().await.success());
-}
-
-/// SIGHUP takes the purge section, names what it cannot take, and keeps
-/// everything when the file has a problem.
-#[tokio::test(flavor = "multi_thread")]
-async fn sighup_reloads_or_says_why_not() {
-    let mut cluster = Options::alone()
-        .set("purge", "{enabled: true, auth_token: before}")
-        .start()
-        .await;
-    let node = cluster.node_mut(1);
-    let purge = |token: &str| {
-        let token = format!("Bearer {token}");
-        Ask::new("PURGE", "/film").header("authorization", token)
-    };
-    node.set("purge", "{enabled: true, auth_token: after}");
-    node.set("max_retries", "7");
-    node.write_config();
-    node.signal(Signal::HUP);
-    node.until("it names what needs a restart", async || {
-        node.log().contains("max_retries")
-    })
-    .await;
-    assert_eq!(node.ask(purge("before")).await.status, 401);
-    assert_eq!(node.ask(purge("after")).await.status, 200);
-
-    node.set("purge", "{enabled: true, auth_token: last}");
-    node.set("slice_size", "1");
-    node.write_config();
-    node.signal(Signal::HUP);
-    node.until("it refuses the file", async || {
-        node.log().contains("configuration not changed")
-    })
-    .await;
-    assert_eq!(node.ask(purge("after")).await.status, 200);
 }
 
 /// With `origin_probe: head` the origin is asked by HEAD what it has; what does

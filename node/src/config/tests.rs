@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use pingora_slice_cluster::NodeId;
 use pingora_slice_cluster::members::Role;
@@ -864,35 +864,150 @@ fn shipped(name: &str) -> (PathBuf, String) {
     (file, text)
 }
 
-/// What is named at a reload is a key that can be found in the file.
+/// A file in which every key that a reload names can be changed.
+const RUNNING: &[(&str, &str)] = &[
+    (
+        "listen",
+        "[{address: '127.0.0.1:8443', tls: {cert: a.pem, key: a.key}}]",
+    ),
+    ("admin", "{address: '127.0.0.1:9091', auth_token: a}"),
+    ("l2_cache_dir", "/a"),
+];
+
+/// `RUNNING` with these keys instead.
+fn running(other: &[(&str, &str)]) -> Config {
+    let mut keys: BTreeMap<&str, &str> = RUNNING.iter().copied().collect();
+    keys.extend(other.iter().copied());
+    let lines = keys.iter().map(|(key, value)| format!("{key}: {value}\n"));
+    good(&lines.collect::<String>())
+}
+
+/// No key is forgotten: each takes effect at a reload, in the settings that the
+/// node goes on with, or is named as waiting for the next start.
 #[test]
-fn what_differs_is_named_by_its_key() {
-    let before = "listen: 127.0.0.1:8081\nl2_cache_dir: /a\nadmin: {address: '127.0.0.1:9091', auth_token: a}";
-    let before = good(before);
-    for (after, keys) in [
-        ("l2_cache_dir: /b", &["l2_cache_dir", "admin"][..]),
+fn every_key_is_taken_by_a_reload_or_named() {
+    const NOW: bool = true;
+    const AT_START: bool = false;
+    let cases: &[(&str, &str, bool, &str)] = &[
         (
-            "l2_cache_dir: /a\nl2_cache_size_bytes: 1g\nslice_patterns: [x]\n\
-             admin: {address: '127.0.0.1:9091', auth_token: b}",
-            &["slice_patterns", "l2_cache_size_bytes", "admin"],
+            "listen",
+            "[{address: '127.0.0.1:8443', tls: {cert: b.pem, key: b.key}}]",
+            NOW,
+            "listen.tls",
         ),
         (
-            "enable_l2_cache: false\nadmin: {address: '127.0.0.1:9091', auth_token: a}",
-            &["enable_l2_cache"],
+            "listen",
+            "[{address: '127.0.0.1:8444', tls: {cert: a.pem, key: a.key}}]",
+            AT_START,
+            "listen",
         ),
         (
-            "l2_cache_dir: /a\npurge: {enabled: true, auth_token: p}\n\
-             admin: {address: '127.0.0.1:9091', auth_token: a}",
-            &["purge"],
+            "listen",
+            "[{address: '127.0.0.1:8443', h2: true}]",
+            AT_START,
+            "listen",
         ),
-    ] {
-        let after = good(&format!("listen: 127.0.0.1:8081\n{after}"));
-        let mut named = before.differences(&after);
-        // The queue's memory goes with the disk store.
-        named.retain(|key| *key != "memory_budget");
-        assert_eq!(named, keys, "{after:?}");
-        assert!(after.differences(&after).is_empty());
+        (
+            "admin",
+            "{address: '127.0.0.1:9091', auth_token: b}",
+            NOW,
+            "admin.auth_token",
+        ),
+        (
+            "admin",
+            "{address: '127.0.0.1:9092', auth_token: a}",
+            AT_START,
+            "admin",
+        ),
+        ("admin", "", AT_START, "admin"),
+        ("max_concurrent_subrequests", "9", NOW, ""),
+        ("max_retries", "9", NOW, ""),
+        ("slice_patterns", "[x]", NOW, ""),
+        ("cache_ttl", "9", NOW, ""),
+        ("default_freshness", "none", NOW, ""),
+        ("caching", "{query: {sort: true}}", NOW, ""),
+        ("caching", "{stale_if_error: 9}", NOW, ""),
+        ("stitch_log", "{pace: 9}", NOW, ""),
+        ("purge", "{enabled: true, auth_token: p}", NOW, ""),
+        ("upstream_address", "other:80", AT_START, ""),
+        ("upstream_host", "other", AT_START, ""),
+        ("threads", "777", AT_START, ""),
+        ("slice_size", "2m", AT_START, ""),
+        ("test_slice_size", "100", AT_START, "slice_size"),
+        ("enable_cache", "false", AT_START, ""),
+        ("l1_cache_size_bytes", "9m", AT_START, ""),
+        ("memory_budget", "2g", AT_START, ""),
+        ("enable_l2_cache", "false", AT_START, ""),
+        ("l2_cache_dir", "/b", AT_START, ""),
+        ("l2_cache_size_bytes", "1g", AT_START, ""),
+        ("max_object_size", "1g", AT_START, ""),
+        ("origin_probe", "head", AT_START, ""),
+        ("metrics_endpoint", "{enabled: true}", AT_START, ""),
+        ("origin_timeouts", "{read: 9}", AT_START, ""),
+        ("client_timeouts", "{idle: 9}", AT_START, ""),
+        ("drain_timeout", "9", AT_START, ""),
+        (
+            "cluster",
+            "{node_id: 1, advertise: 'n:1', seeds: ['n:1'], voters_expected: 1, tls: {ca: a, cert: b, key: c}}",
+            AT_START,
+            "",
+        ),
+    ];
+    let tried: BTreeSet<&str> = cases.iter().map(|(key, ..)| *key).collect();
+    let known = known_keys("");
+    assert_eq!(tried, known.iter().map(String::as_str).collect());
+
+    let settings = |config: &Config| format!("{:?}", Settings::of(config));
+    let before = running(&[]);
+    for (key, value, now, named) in cases {
+        let new = running(&[(key, value)]);
+        let mut config = before.clone();
+        let changes = config.take(&new);
+        let named = if named.is_empty() { key } else { named };
+        let (list, other) = match now {
+            true => (&changes.now, &changes.at_start),
+            false => (&changes.at_start, &changes.now),
+        };
+        assert!(
+            list.contains(named) && other.is_empty(),
+            "{key}: {changes:?}"
+        );
+        let are_other = settings(&config) != settings(&before);
+        // Tokens are not shown, and certificates are apart.
+        let are_seen = !named.contains('.');
+        assert_eq!(are_other, *now && are_seen, "{key}: {value}");
+        if *now {
+            assert_eq!(settings(&config), settings(&new), "{key}: {value}");
+            assert_eq!(config.take(&new), Changes::default(), "{key}: {value}");
+        } else {
+            assert_eq!(config.take(&new), changes, "it is named until the start");
+        }
     }
+    assert_eq!(before.clone().take(&before), Changes::default());
+}
+
+#[test]
+fn a_reload_takes_a_token_and_the_files_of_certificates() {
+    let mut config = running(&[]);
+    config.take(&running(&[(
+        "admin",
+        "{address: '127.0.0.1:9092', auth_token: b}",
+    )]));
+    let admin = config.admin.as_ref().unwrap();
+    assert_eq!(admin.address.port(), 9091);
+    let token = Settings::of(&config).admin_token.unwrap();
+    assert!(token.matches(b"b") && !token.matches(b"a"));
+
+    // Also where another listener waits for the next start.
+    config.take(&running(&[(
+        "listen",
+        "['127.0.0.1:8081', {address: '127.0.0.1:8443', tls: {cert: b.pem, key: b.key}}]",
+    )]));
+    let [listen] = &config.listen[..] else {
+        panic!("{:?}", config.listen);
+    };
+    let files = listen.tls.as_ref().unwrap();
+    assert_eq!(files.cert, Path::new("/etc/ps/b.pem"));
 }
 
 /// What has no token or no TLS is not offered to every network.

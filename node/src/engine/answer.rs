@@ -54,9 +54,10 @@ impl Engine {
         if !self.inner.cluster.reached(ask.floor, CATCH_UP).await {
             return (Answer::Behind, None);
         }
+        let settings = self.inner.live.take();
         let mut demands = Demands::of(
             &manifest::to_map(&ask.request.headers),
-            &self.inner.config.caching.request_directives,
+            &settings.policy.caching.request_directives,
         );
         demands.no_cache |= ask.revalidate;
         let request = Request {
@@ -71,6 +72,7 @@ impl Engine {
             first_byte: ask.first_byte,
             sliced: ask.sliced,
             chance: rand::random(),
+            settings,
         };
         if let (true, Some(gone)) = (ask.stored_only, ask.gone) {
             // Another node knows that this version was replaced.

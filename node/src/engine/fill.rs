@@ -796,6 +796,7 @@ impl Engine {
         self.inner.metrics.subrequests_total.inc();
         let mut other_tags: Vec<String> = Vec::new();
         let mut attempt = 0;
+        let max_retries = self.inner.live.now().max_retries;
         let deadline = tokio::time::Instant::now() + self.inner.config.origin_timeouts.total;
         let version = fill.slice.generation;
         let result = loop {
@@ -830,7 +831,7 @@ impl Engine {
             // Another slice may have found it out meanwhile: one way or the other.
             if !by_date && self.other_tags().say_nothing(version) {
                 attempt = 0;
-            } else if attempt >= self.inner.config.max_retries || self.is_ending(version) {
+            } else if attempt >= max_retries || self.is_ending(version) {
                 break Err(error);
             }
             attempt += 1;

@@ -167,7 +167,8 @@ impl Engine {
 
     /// A GET without any field, for `url` (`host/path?query` or with a scheme).
     fn plain_request(&self, url: &str) -> Option<Request> {
-        let url = self.inner.naming.object(Url::parse(url).ok()?);
+        let settings = self.inner.live.take();
+        let url = settings.naming.object(Url::parse(url).ok()?);
         Some(Request {
             key: self.hash_key()?.object(&url.host, &url.target),
             origin: OriginRequest {
@@ -178,9 +179,10 @@ impl Engine {
             .into(),
             demands: Demands::default(),
             first_byte: 0,
-            sliced: self.is_sliced(&url),
+            sliced: settings.is_sliced(&url),
             chance: rand::random(),
             url: url.into(),
+            settings,
         })
     }
 

@@ -146,7 +146,7 @@ impl Engine {
                 }
                 // While its length is unknown it is of use to its owner alone.
                 let object = match kept && manifest.length().is_some() {
-                    true => self.keep_for_asker(request.key, *manifest),
+                    true => self.keep_for_asker(request, *manifest),
                     false => Arc::new(Stored::new(*manifest)),
                 };
                 // Rules 3 and 4, after the wait: what just came from the
@@ -208,7 +208,7 @@ impl Engine {
     /// Why an owner does not keep an answer of the origin: it judged it as is done here.
     fn why_not_kept(&self, request: &Request, status: u16, headers: &HeaderMap) -> NotStored {
         let now_ms = unix_ms(SystemTime::now());
-        let policy = &self.inner.policy;
+        let policy = &request.settings.policy;
         match freshness::store(policy, &request.demands, status, headers, now_ms, now_ms) {
             Err(why) => why,
             Ok(_) if status == 206 => PartRange::why_passed(headers, self.inner.config.slice_bytes),

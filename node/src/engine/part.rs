@@ -398,7 +398,7 @@ impl Engine {
             self.manifest(request, 200, version, 0, freshness, answer, flight.stamp)?;
         let held = (part.start, part.end);
         manifest.part = (held != (0, part.total)).then_some(held);
-        let object = self.keep_for_asker(request.key, manifest);
+        let object = self.keep_for_asker(request, manifest);
         self.keep_part(request, &object.manifest, held, bytes);
         Some(object)
     }

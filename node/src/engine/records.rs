@@ -5,8 +5,8 @@ use std::sync::Arc;
 use pingora_slice_cluster::ObjectKey;
 use pingora_slice_cluster::wire::Headers;
 
-use super::{Engine, Fill};
-use crate::freshness;
+use super::{Engine, Fill, Request};
+use crate::freshness::{self, Policy};
 use crate::l1::Kept;
 use crate::manifest::{self, Manifest, Record, Stored, Varies};
 use crate::url::Url;
@@ -66,9 +66,8 @@ impl Engine {
         }
     }
 
-    /// Keeps a manifest in memory, and on disk where it belongs.
-    pub(super) fn keep(&self, key: ObjectKey, manifest: Manifest) -> Arc<Stored> {
-        let mut manifest = self.for_all(&manifest).unwrap_or(manifest);
+    /// Keeps a manifest that is for all in memory, and on disk where it belongs.
+    pub(super) fn keep(&self, key: ObjectKey, mut manifest: Manifest) -> Arc<Stored> {
         let Some(hash_key) = self.hash_key() else {
             return Arc::new(Stored::new(manifest));
         };
@@ -107,28 +106,14 @@ impl Engine {
     }
 
     /// Keeps a manifest, and returns it as its asker may have it.
-    pub(super) fn keep_for_asker(&self, key: ObjectKey, manifest: Manifest) -> Arc<Stored> {
-        match self.for_all(&manifest) {
-            None => self.keep(key, manifest),
+    pub(super) fn keep_for_asker(&self, request: &Request, manifest: Manifest) -> Arc<Stored> {
+        match for_all(&request.settings.policy, &manifest) {
+            None => self.keep(request.key, manifest),
             Some(stored) => {
-                self.keep(key, stored);
+                self.keep(request.key, stored);
                 Arc::new(Stored::new(manifest))
             }
         }
-    }
-
-    /// The manifest without what is for its asker alone, where there is any.
-    pub(super) fn for_all(&self, manifest: &Manifest) -> Option<Manifest> {
-        let withheld =
-            freshness::withheld(&self.inner.policy, &manifest::to_map(&manifest.headers));
-        if withheld.is_empty() {
-            return None;
-        }
-        let mut manifest = manifest.clone();
-        manifest
-            .headers
-            .retain(|(name, _)| !withheld.iter().any(|w| w.as_str() == name));
-        Some(manifest)
     }
 
     /// The manifest that a fill belongs to, while it is the current one.
@@ -162,6 +147,19 @@ impl Engine {
             l2.drop_manifest(at);
         }
     }
+}
+
+/// The manifest without what is for its asker alone, where there is any.
+pub(super) fn for_all(policy: &Policy, manifest: &Manifest) -> Option<Manifest> {
+    let withheld = freshness::withheld(policy, &manifest::to_map(&manifest.headers));
+    if withheld.is_empty() {
+        return None;
+    }
+    let mut manifest = manifest.clone();
+    manifest
+        .headers
+        .retain(|(name, _)| !withheld.iter().any(|w| w.as_str() == name));
+    Some(manifest)
 }
 
 /// The newer of two manifests of one version, with the length that the other has:

@@ -93,13 +93,14 @@ impl Engine {
     /// those of the same host that the answer names, have changed. Returns
     /// when no node answers from before any more, or none can promise it.
     pub async fn purge_changed(&self, url: &Url, response: &HeaderMap) {
+        let settings = self.inner.live.take();
         let mut urls = vec![url.clone()];
         for name in [LOCATION, CONTENT_LOCATION] {
             let Some(value) = response.get(name).and_then(|v| v.to_str().ok()) else {
                 continue;
             };
             let named = url.reference(value);
-            urls.extend(named.map(|named| self.inner.naming.object(named)));
+            urls.extend(named.map(|named| settings.naming.object(named)));
         }
         let mut known = Vec::new();
         for url in urls {

@@ -93,7 +93,7 @@ impl Engine {
                 .filter(|_| probe.may_confirm)
                 .filter(|object| self.may_be_confirmed(object, request, flight.gone));
             let ask = probe.ask(confirm);
-            let is_last = attempt >= self.inner.config.max_retries;
+            let is_last = attempt >= request.settings.max_retries;
             match self.inner.origin.get(&request.origin, &ask).await {
                 Ok(mut answer) => {
                     flight.note_informational(std::mem::take(&mut answer.informational));
@@ -351,7 +351,7 @@ impl Engine {
             Ok(freshness) if manifest.subject.tags.len() <= TAGS_MAX => {
                 manifest.freshness = freshness;
                 Outcome::Object(
-                    self.keep_for_asker(request.key, manifest),
+                    self.keep_for_asker(request, manifest),
                     Resolution::Revalidated,
                 )
             }
@@ -441,7 +441,7 @@ impl Engine {
         let fill = Fill::of(request.key, &manifest, &request.origin, probe.index);
         self.adopt(fill, answer.body);
         Act::Done(Outcome::Object(
-            self.keep_for_asker(request.key, manifest),
+            self.keep_for_asker(request, manifest),
             Resolution::Miss,
         ))
     }
@@ -476,7 +476,7 @@ impl Engine {
             return Outcome::Uncacheable;
         };
         self.begin_whole(request, &manifest, answer.body);
-        Outcome::Object(self.keep_for_asker(request.key, manifest), Resolution::Miss)
+        Outcome::Object(self.keep_for_asker(request, manifest), Resolution::Miss)
     }
 
     /// An answer is not stored, and takes away what is, of all variants, where it is
@@ -545,7 +545,7 @@ impl Engine {
         length: Option<u64>,
     ) -> Result<Freshness, NotStored> {
         let freshness = freshness::store(
-            &self.inner.policy,
+            &request.settings.policy,
             &request.demands,
             status,
             headers,

@@ -10,8 +10,10 @@ use pingora_slice_cluster::wire::{Informational, Resolution};
 use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use tokio::sync::watch;
 
+use super::records::for_all;
 use super::resolve::is_passing_failure;
 use super::{Engine, Failure, Forwarded, Found, Held, Relay, Request, Resolved, Verdict};
+use crate::config::Settings;
 use crate::freshness::{Demands, Use, unix_ms};
 use crate::l1::Kept;
 use crate::manifest::Stored;
@@ -61,6 +63,8 @@ pub(super) struct ManifestFlight {
     /// Purge index applied before it began (rule 1).
     pub(super) stamp: PurgeIndex,
     pub(super) gone: Option<Generation>,
+    /// By which its answer is judged: those of the request that began it.
+    settings: Arc<Settings>,
     outcome: watch::Sender<Option<Outcome>>,
     /// The origin's answer where it may not be shared: for whoever started it.
     relay: Mutex<Option<Relay>>,
@@ -287,7 +291,7 @@ impl Engine {
                         unfit = Some(flight);
                         continue;
                     }
-                    let object = match self.for_all(&object.manifest) {
+                    let object = match for_all(&flight.settings.policy, &object.manifest) {
                         Some(manifest) if !started => Arc::new(Stored::new(manifest)),
                         _ => object,
                     };
@@ -383,6 +387,7 @@ impl Engine {
         let flight = Arc::new(ManifestFlight {
             stamp: self.inner.cluster.applied(),
             gone,
+            settings: request.settings.clone(),
             outcome: watch::Sender::new(None),
             relay: Mutex::new(None),
             informational: Mutex::default(),

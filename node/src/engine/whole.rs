@@ -18,6 +18,7 @@ use pingora_slice_cluster::{Generation, ObjectKey, SliceId};
 use tokio::sync::watch;
 
 use super::fill::{Retry, if_range, refusal, same_version};
+use super::records::for_all;
 use super::resolve::back_off;
 use super::{Engine, Fill, Request};
 use crate::flight::{FillError, Flight, Source};
@@ -109,10 +110,12 @@ impl Engine {
         }
         // The first slice's flight is there before anybody can ask for it.
         let first = self.take(&fill, &whole, 0, false, false);
-        let (engine, manifest) = (self.clone(), Some(manifest.clone()));
+        let (engine, manifest) = (self.clone(), manifest.clone());
+        // Kept once more at its end, when its length is known.
+        let manifest = for_all(&request.settings.policy, &manifest).unwrap_or(manifest);
         self.inner.runtime.spawn(async move {
             let supply = Supply::of(Some(body), false);
-            engine.cut(fill, manifest, whole, supply, first).await;
+            engine.cut(fill, Some(manifest), whole, supply, first).await;
         });
     }
 
@@ -466,7 +469,7 @@ impl Engine {
                 },
             };
             supply.body = None;
-            if supply.attempt == self.inner.config.max_retries {
+            if supply.attempt >= self.inner.live.now().max_retries {
                 return Err(error);
             }
             supply.attempt += 1;
@@ -566,7 +569,7 @@ impl Engine {
     fn let_go_of_read(&self, fill: &Fill, whole: &Whole) {
         let wanted = *whole.wanted.borrow();
         // The foremost reader may still be on its way to what it has opened.
-        let opened = self.inner.config.max_concurrent_subrequests as u32;
+        let opened = self.inner.live.now().max_concurrent_subrequests as u32;
         let near = match (fill.version.is_resumable(), self.inner.budget.is_tight()) {
             (true, true) => wanted..=wanted.saturating_add(AHEAD),
             (true, false) => wanted.saturating_sub(opened)..=wanted.saturating_add(AHEAD),

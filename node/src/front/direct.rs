@@ -170,10 +170,10 @@ impl Front {
         let complete = match stored {
             Some(_) => {
                 let mut head = ResponseHeader::from(http::Response::new(()).into_parts().0);
-                let pieces = self.complete(&mut head, found, plan, false);
+                let pieces = self.complete(&mut head, request, found, plan, false);
                 pieces.map(|pieces| (head, pieces))
             }
-            None => self.head(found, plan, false),
+            None => self.head(request, found, plan, false),
         };
         let Ok((head, pieces)) = complete else {
             return Ok(Given::No);
@@ -305,8 +305,7 @@ impl Front {
         body: &Range<u64>,
         begin: impl FnOnce(),
     ) -> io::Result<Result<Given, FillError>> {
-        let config = self.engine.config();
-        let ahead = config.max_concurrent_subrequests;
+        let ahead = request.settings.max_concurrent_subrequests;
         let pieces = vec![Piece::Bytes(body.clone())];
         let mut pieces = Pieces::new(&self.engine, request, found, pieces, ahead, Form::Large);
         let first = match pieces.next_run(&self.metrics).await {
@@ -323,7 +322,7 @@ impl Front {
         };
         begin();
         self.count_answer(found, head.status, true);
-        let mut pace = Pace::new(config.client_timeouts);
+        let mut pace = Pace::new(self.engine.config().client_timeouts);
         let (mut head, mut next) = (head.bytes, Some(first));
         while let Some(run) = next {
             self.metrics
