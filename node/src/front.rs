@@ -3,48 +3,48 @@
 //!
 //! GET and HEAD are answered from the engine; everything else, and whatever
 //! may not be shared, is proxied by Pingora untouched. `direct` is the short way of
-//! plain requests, without a `Session`; `account` counts for both.
+//! plain requests, without a `Session`. For both: `ask` reads the request, `fields`
+//! makes the answer's head, `account` counts.
 
 mod account;
+mod ask;
 mod direct;
+mod fields;
 
+use ask::{Disposition, framing_fault, has_body, joined_cookies, max_forwards};
 pub(crate) use direct::{Directly, Known};
+use fields::{keep_date, x_cache};
 
-use std::ops::Range;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::Poll;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, HeaderValue};
 use http::{Method, StatusCode};
 use pingora_core::protocols::http::{HttpTask, ServerSession};
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{ProxyHttp, Session};
-use pingora_slice_cluster::slice::HashKey;
-use pingora_slice_cluster::wire::{Headers, OriginRequest, Resolution};
+use pingora_slice_cluster::wire::Headers;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::budget::Permit;
 use crate::connection;
-use crate::engine::{Engine, Forwarded, Found, Relay, RelayBody, Request, Resolved, Sent};
+use crate::engine::{Engine, Found, Relay, RelayBody, Request, Resolved};
 use crate::flight::{FillError, Form};
-use crate::freshness::{Demands, unix_ms};
 use crate::log_limit::Paced;
-use crate::manifest::Manifest;
 use crate::metrics::Metrics;
-use crate::origin::{DIGESTS, hop_by_hop, is_coded};
+use crate::origin::hop_by_hop;
 use crate::pace::Pace;
-use crate::pieces::{Piece, Pieces};
+use crate::pieces::Pieces;
 use crate::plan::{self, Plan};
 use crate::purge::Purger;
 use crate::reset;
-use crate::stream;
 use crate::url::{self, Url};
 
 /// Our name in `Via` and `Cache-Status`.
@@ -62,53 +62,6 @@ const FAILURES_PACE: Duration = Duration::from_secs(1);
 /// Methods that change nothing (RFC 9110 section 9.2.1; those of the registry that file
 /// managers and synchronisers read with). After any other, known or not, its URL is purged.
 const SAFE_METHODS: [&str; 6] = ["OPTIONS", "TRACE", "PROPFIND", "REPORT", "SEARCH", "QUERY"];
-/// Request fields that are not sent on: they belong to the client's
-/// connection, or are replaced by ours.
-const NOT_SENT_ON: &[&str] = &[
-    "host",
-    "if-range",
-    "if-match",
-    "if-none-match",
-    "if-modified-since",
-    "if-unmodified-since",
-    "connection",
-    "keep-alive",
-    "proxy-connection",
-    "proxy-authorization",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "http2-settings",
-    "content-length",
-    "expect",
-    "x-purge-token",
-];
-/// Prefixes of the names of fields that could choose an answer without being part
-/// of its key. `-` stands for `_` too: some servers take one for the other.
-const MAY_CHOOSE: &[&str] = &[
-    "base-url",
-    "forwarded",
-    "front-end-https",
-    "x-backend-",
-    "x-forwarded",
-    "x-host",
-    "x-http-",
-    "x-method-override",
-    "x-original-",
-    "x-override-",
-    "x-proxy-",
-    "x-rewrite-",
-    "x-url-scheme",
-];
-
-/// A 304 carries what guides caches, not what describes the bytes (RFC 9110 section 15.4.5).
-const LEFT_OUT_OF_304: [HeaderName; 4] = [
-    header::CONTENT_TYPE,
-    header::CONTENT_ENCODING,
-    header::CONTENT_LANGUAGE,
-    header::TRANSFER_ENCODING,
-];
 
 /// The proxy application. Cheap to clone.
 #[derive(Clone)]
@@ -163,97 +116,9 @@ impl Front {
         self.under_way.token()
     }
 
-    /// This cluster's name in CDN-Loop (RFC 8586), and nobody else's.
-    fn loop_id(&self) -> Option<&Arc<str>> {
-        let named = |key: HashKey| format!("{NAME}-{:016x}", key.hash64(34, &[b"cdn-loop"]));
-        match self.loop_id.get() {
-            None => {
-                // A cluster has one key for all its life.
-                let key = self.engine.cluster().view().hash_key?;
-                Some(self.loop_id.get_or_init(|| named(key).into()))
-            }
-            known => known,
-        }
-    }
-
-    /// Whether a request has passed this cluster before (RFC 8586).
-    fn has_passed_here(&self, head: &RequestHeader) -> bool {
-        let Some(id) = self.loop_id() else {
-            return false;
-        };
-        let lists = head.headers.get_all("cdn-loop").iter();
-        let mut passed = lists
-            .filter_map(|list| list.to_str().ok())
-            .flat_map(|list| list.split(','))
-            .filter_map(|cdn| cdn.split(';').next());
-        passed.any(|name| name.trim() == &**id)
-    }
-
     /// The object that a request names.
     fn name_of(&self, head: &RequestHeader) -> Option<Url> {
         self.engine.live().now().naming.of_request(head)
-    }
-
-    /// Reads a request; `has_body`: whether one comes with it.
-    fn request(
-        &self,
-        head: &RequestHeader,
-        fields: &Arc<HeaderMap>,
-        has_body: bool,
-    ) -> Disposition {
-        let settings = self.engine.live().take();
-        let Some(url) = settings.naming.of_request(head) else {
-            return Disposition::Refuse(400, "malformed");
-        };
-        if self.has_passed_here(head) {
-            return Disposition::Refuse(508, "loop");
-        }
-        let loop_id = self.loop_id();
-        let demands = Demands::of(&head.headers, &settings.policy.caching.request_directives);
-        let pass = |why| match demands.only_if_cached {
-            true => Disposition::Refuse(504, "only-if-cached"),
-            false => Disposition::Pass(why),
-        };
-        let Some(hash_key) = self.engine.cluster().view().hash_key else {
-            return pass("not-ready");
-        };
-        if !self.engine.config().enable_cache {
-            return pass("disabled");
-        }
-        if is_for_websocket(&head.headers) {
-            return pass("upgrade");
-        }
-        if has_body {
-            return pass("request-body");
-        }
-        if demands.no_store {
-            return pass("request-no-store");
-        }
-        let key = hash_key.object(&url.host, &url.target);
-        let sliced = settings.is_sliced(&url);
-        let url = Arc::new(url);
-        Disposition::Cacheable(Request {
-            key,
-            origin: Sent::new({
-                let (url, fields) = (url.clone(), fields.clone());
-                let (is_get, loop_id) = (head.method == Method::GET, loop_id.cloned());
-                move || OriginRequest {
-                    headers: sent_on(&fields, is_get, loop_id.as_deref()),
-                    host: url.host.clone(),
-                    target: url.target.clone(),
-                }
-            }),
-            url,
-            demands,
-            first_byte: match head.method {
-                Method::GET => plan::first_byte(&head.headers),
-                // Range is for GET alone (RFC 9110 section 14.2).
-                _ => 0,
-            },
-            sliced,
-            chance: rand::random(),
-            settings,
-        })
     }
 
     /// Answers from the engine; false: let Pingora proxy it.
@@ -506,118 +371,6 @@ impl Front {
         session.write_response_header(Box::new(head), end).await
     }
 
-    /// The head and the body's pieces of a planned answer.
-    fn head(
-        &self,
-        request: &Request,
-        found: &Found,
-        plan: Plan,
-        fenced: bool,
-    ) -> Result<(ResponseHeader, Vec<Piece>)> {
-        let (mut parts, ()) = http::Response::new(()).into_parts();
-        if keeps_fields(&plan) {
-            parts.headers = found.object.fields();
-        }
-        let mut head = ResponseHeader::from(parts);
-        let pieces = self.complete(&mut head, request, found, plan, fenced)?;
-        Ok((head, pieces))
-    }
-
-    /// Completes a head that has the object's own fields, where it keeps them:
-    /// what depends on the plan and the moment. The body's pieces.
-    fn complete(
-        &self,
-        head: &mut ResponseHeader,
-        request: &Request,
-        found: &Found,
-        plan: Plan,
-        fenced: bool,
-    ) -> Result<Vec<Piece>> {
-        let manifest = &found.object.manifest;
-        let length = manifest.length();
-        let keeps_fields = keeps_fields(&plan);
-        let status = match &plan {
-            Plan::Whole => manifest.status,
-            Plan::Single(_) | Plan::Multi(_) => 206,
-            Plan::NotModified => 304,
-            Plan::PreconditionFailed => 412,
-            Plan::NotSatisfiable => 416,
-        };
-        head.set_status(status)?;
-        if status == 304 {
-            for name in LEFT_OUT_OF_304 {
-                head.remove_header(&name);
-            }
-        }
-        if plan != Plan::Whole {
-            head.remove_header(&header::CONTENT_RANGE);
-            for name in DIGESTS {
-                head.remove_header(name);
-            }
-        }
-        let mut pieces = Vec::new();
-        match plan {
-            // RFC 9110 section 15.3.5: no body, and no word about its length.
-            Plan::Whole if status == 204 => {}
-            Plan::Whole => {
-                if let Some(length) = length {
-                    if status != 304 {
-                        head.insert_header(header::CONTENT_LENGTH, length)?;
-                    }
-                } else if status != 304 {
-                    head.insert_header(header::TRANSFER_ENCODING, "chunked")?;
-                }
-                if length != Some(0) && !matches!(status, 204 | 304) {
-                    pieces.push(Piece::Bytes(0..length.unwrap_or(u64::MAX)));
-                }
-            }
-            Plan::Single(range) => {
-                let total = length.unwrap_or_default();
-                head.insert_header(
-                    header::CONTENT_RANGE,
-                    format!("bytes {}-{}/{total}", range.start, range.end - 1),
-                )?;
-                head.insert_header(header::CONTENT_LENGTH, range.end - range.start)?;
-                pieces.push(Piece::Bytes(range));
-            }
-            Plan::Multi(ranges) => pieces = multipart(head, &ranges, manifest)?,
-            Plan::NotSatisfiable => {
-                head.insert_header(
-                    header::CONTENT_RANGE,
-                    format!("bytes */{}", length.unwrap_or_default()),
-                )?;
-                head.insert_header(header::CONTENT_LENGTH, 0)?;
-            }
-            Plan::PreconditionFailed => head.insert_header(header::CONTENT_LENGTH, 0)?,
-            Plan::NotModified => {}
-        }
-        if matches!(manifest.status, 200 | 203) && length.is_some() && keeps_fields {
-            head.insert_header(header::ACCEPT_RANGES, "bytes")?;
-        }
-        let now_ms = unix_ms(SystemTime::now());
-        head.insert_header(header::AGE, manifest.freshness.age(now_ms))?;
-        let show_key = request.settings.policy.caching.show_key;
-        self.describe(
-            head,
-            &cache_status(found, now_ms, fenced, show_key),
-            x_cache(found.resolution),
-        )?;
-        Ok(pieces)
-    }
-
-    /// The fields that say what this cache did.
-    fn describe(
-        &self,
-        head: &mut ResponseHeader,
-        cache_status: &str,
-        x_cache: &'static str,
-    ) -> Result<()> {
-        head.append_header("cache-status", [NAME, "; ", cache_status].concat())?;
-        head.insert_header("x-cache", HeaderValue::from_static(x_cache))?;
-        head.append_header(header::VIA, HeaderValue::from_static(VIA))?;
-        Ok(())
-    }
-
     /// Passes on an answer that is for this client alone.
     async fn relay(
         &self,
@@ -715,24 +468,6 @@ impl Front {
         self.begin(session, ctx, head, true, &[]).await
     }
 
-    /// An error of our own, counted: never stored by anybody.
-    fn refusal(&self, status: u16, reason: &str) -> Result<ResponseHeader> {
-        let mut head = ResponseHeader::build(status, Some(6))?;
-        head.insert_header(header::CONTENT_LENGTH, 0)?;
-        head.insert_header(header::CACHE_CONTROL, "no-store")?;
-        if status == 503 {
-            head.insert_header(header::RETRY_AFTER, 1)?;
-        }
-        let status = match reason {
-            // Nobody was asked.
-            "only-if-cached" | "malformed" | "loop" => format!("detail={reason}"),
-            _ => format!("fwd=miss; detail={reason}"),
-        };
-        self.describe(&mut head, &status, "MISS")?;
-        self.metrics.count_response("MISS", Some(head.status));
-        Ok(head)
-    }
-
     /// Says which request failed, unless one was named just now.
     fn log_failure(&self, url: &Url, status: u16, reason: &str) {
         if let Some(left_out) = self.failures.turn() {
@@ -784,11 +519,6 @@ async fn patiently<T>(
     }
 }
 
-/// Whether an answer carries the object's own fields.
-fn keeps_fields(plan: &Plan) -> bool {
-    !matches!(plan, Plan::PreconditionFailed | Plan::NotSatisfiable)
-}
-
 /// Whether the answer's head is out.
 fn has_begun(session: &Session) -> bool {
     let written = session.response_written();
@@ -801,16 +531,6 @@ async fn until_total(deadline: Option<tokio::time::Instant>) {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
-}
-
-/// How a GET or HEAD goes on.
-enum Disposition {
-    /// By the engine.
-    Cacheable(Request),
-    /// By being passed on; why, in a word.
-    Pass(&'static str),
-    /// No further: the status, and why in a word.
-    Refuse(u16, &'static str),
 }
 
 enum Answered {
@@ -836,202 +556,6 @@ async fn flush(session: &mut Session, patience: Duration) -> Result<()> {
         Ok(Err(error)) if error.etype() == &ErrorType::Custom("flushed") => Ok(()),
         Ok(result) => result.map(|_| ()),
     }
-}
-
-/// The pieces of a multipart/byteranges answer (RFC 9110 section 14.6), and
-/// its fields in the head.
-fn multipart(
-    head: &mut ResponseHeader,
-    ranges: &[Range<u64>],
-    manifest: &Manifest,
-) -> Result<Vec<Piece>> {
-    let boundary = format!(
-        "{:032x}",
-        manifest.generation.0 ^ u128::from(manifest.freshness.received_ms)
-    );
-    let total = manifest.length().unwrap_or_default();
-    let content_type = manifest
-        .header("content-type")
-        .map(|t| format!("Content-Type: {t}\r\n"))
-        .unwrap_or_default();
-    let mut pieces = Vec::with_capacity(ranges.len() * 2 + 1);
-    let mut length = 0u64;
-    for range in ranges {
-        let text = format!(
-            "\r\n--{boundary}\r\n{content_type}Content-Range: bytes {}-{}/{total}\r\n\r\n",
-            range.start,
-            range.end - 1
-        );
-        length += text.len() as u64 + (range.end - range.start);
-        pieces.push(Piece::Text(text.into()));
-        pieces.push(Piece::Bytes(range.clone()));
-    }
-    let end = format!("\r\n--{boundary}--\r\n");
-    length += end.len() as u64;
-    pieces.push(Piece::Text(end.into()));
-    head.insert_header(
-        header::CONTENT_TYPE,
-        format!("multipart/byteranges; boundary={boundary}"),
-    )?;
-    head.insert_header(header::CONTENT_LENGTH, length)?;
-    Ok(pieces)
-}
-
-/// RFC 9211's parameters for an answer from a manifest. The detail is the
-/// answer's phase, in the words of pingora-cache.
-fn cache_status(found: &Found, now_ms: u64, fenced: bool, show_key: bool) -> String {
-    let manifest = &found.object.manifest;
-    let freshness = &manifest.freshness;
-    let ttl = freshness.lifetime as i64 - freshness.age(now_ms) as i64;
-    let collapsed = if found.collapsed { "; collapsed" } else { "" };
-    let fwd = found.forwarded.as_str();
-    let mut status = match found.resolution {
-        Resolution::Hit => format!("hit; ttl={ttl}"),
-        Resolution::Stale => {
-            let updating = freshness.staleness(now_ms) <= freshness.stale_while_revalidate;
-            let detail = if updating { "stale-updating" } else { "stale" };
-            format!("hit; ttl={ttl}; detail={detail}")
-        }
-        Resolution::Revalidated => {
-            // Another node held it, where this one did not.
-            let fwd = match found.forwarded {
-                Forwarded::UriMiss => Forwarded::Stale.as_str(),
-                _ => fwd,
-            };
-            let detail = if fenced { "fenced" } else { "revalidated" };
-            // A 304 may forbid keeping what it confirms.
-            let stored = match freshness.no_cache && freshness.lifetime == 0 {
-                true => "",
-                false => "; stored",
-            };
-            format!("fwd={fwd}; fwd-status=304{stored}; ttl={ttl}{collapsed}; detail={detail}")
-        }
-        Resolution::Miss => {
-            let in_parts = !manifest.version.whole || manifest.part.is_some();
-            let origin = if in_parts { 206 } else { manifest.status };
-            let detail = match found.forwarded {
-                _ if fenced => "fenced",
-                Forwarded::Stale => "expired",
-                _ => "miss",
-            };
-            format!("fwd={fwd}; fwd-status={origin}; stored; ttl={ttl}{collapsed}; detail={detail}")
-        }
-    };
-    if show_key {
-        // A string of RFC 8941: what would need an escape is no part of a URL.
-        let text = format!("{}{}", manifest.url.host, manifest.url.target);
-        let safe: String = text
-            .chars()
-            .map(|c| match c {
-                '"' | '\\' => '_',
-                ' '..='~' => c,
-                _ => '_',
-            })
-            .collect();
-        status += &format!("; key=\"{safe}\"");
-    }
-    status
-}
-
-/// The Date of an answer stays as the origin gave it (RFC 9110 section 6.6.1).
-fn keep_date(head: &ResponseHeader) {
-    let date = head.headers.get(header::DATE);
-    stream::next_head_is_of(date.map(http::HeaderValue::as_bytes));
-}
-
-fn x_cache(resolution: Resolution) -> &'static str {
-    match resolution {
-        Resolution::Hit => "HIT",
-        Resolution::Miss => "MISS",
-        Resolution::Revalidated => "REVALIDATED",
-        Resolution::Stale => "STALE",
-    }
-}
-
-/// The client's fields that go to the origin, and ours.
-fn sent_on(headers: &HeaderMap, is_get: bool, loop_id: Option<&str>) -> Vec<(String, Vec<u8>)> {
-    // Range is for GET; with conditions the whole may be wanted as well, or nothing.
-    let is_range_sent =
-        is_get && !headers.contains_key(header::IF_RANGE) && !plan::has_conditions(headers);
-    let nominated: Vec<HeaderName> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|v| v.to_str().ok())
-        .flat_map(|v| v.split(','))
-        .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
-        .collect();
-    let cookies = joined_cookies(headers);
-    let mut list: Vec<(String, Vec<u8>)> = headers
-        .iter()
-        .filter(|(name, _)| !NOT_SENT_ON.contains(&name.as_str()) && !nominated.contains(name))
-        .filter(|(name, _)| !may_choose(name))
-        .filter(|(name, _)| *name != header::RANGE || is_range_sent)
-        .filter(|(name, _)| *name != header::COOKIE || cookies.is_none())
-        .map(|(name, value)| (name.as_str().to_owned(), value.as_bytes().to_vec()))
-        .collect();
-    list.extend(cookies.map(|cookies| (header::COOKIE.to_string(), cookies.as_bytes().to_vec())));
-    list.push(("via".into(), VIA.into()));
-    if let Some(id) = loop_id {
-        list.push(("cdn-loop".into(), id.as_bytes().to_vec()));
-    }
-    list
-}
-
-/// The cookies of several lines in one: HTTP/2 may split them, HTTP/1 may not
-/// (RFC 9113 section 8.2.3). `None` where there are no several.
-fn joined_cookies(headers: &HeaderMap) -> Option<HeaderValue> {
-    let lines = headers.get_all(header::COOKIE).iter();
-    let lines: Vec<&[u8]> = lines.map(HeaderValue::as_bytes).collect();
-    (lines.len() > 1)
-        .then(|| HeaderValue::from_bytes(&lines.join(&b"; "[..])).ok())
-        .flatten()
-}
-
-/// Whether a field could choose an answer ([`MAY_CHOOSE`]). Who the client is
-/// may be told.
-fn may_choose(name: &HeaderName) -> bool {
-    let name = name.as_str().replace('_', "-");
-    name != "x-forwarded-for" && MAY_CHOOSE.iter().any(|start| name.starts_with(start))
-}
-
-/// Whether a request asks for a WebSocket (RFC 6455), which needs the origin. Any
-/// other Upgrade may be ignored (RFC 9110 section 7.8): many clients offer `h2c`
-/// with each request.
-fn is_for_websocket(headers: &HeaderMap) -> bool {
-    let lines = headers.get_all(header::UPGRADE).iter();
-    let mut offered = lines
-        .filter_map(|line| line.to_str().ok())
-        .flat_map(|line| line.split(','));
-    offered.any(|protocol| protocol.trim().eq_ignore_ascii_case("websocket"))
-}
-
-/// Whether a body comes with a request: HTTP/1 says so in its head, HTTP/2 need not.
-fn has_body(session: &mut Session) -> bool {
-    if session.as_downstream().is_http2() {
-        return !session.as_downstream_mut().is_body_empty();
-    }
-    let headers = &session.req_header().headers;
-    let length = headers.get(header::CONTENT_LENGTH);
-    headers.contains_key(header::TRANSFER_ENCODING)
-        || length.is_some_and(|length| length.as_bytes() != b"0")
-}
-
-/// How often a request may still be sent on (RFC 9110 section 7.6.2).
-fn max_forwards(head: &RequestHeader) -> Option<u64> {
-    let value = head.headers.get(header::MAX_FORWARDS)?;
-    value.to_str().ok()?.trim().parse().ok()
-}
-
-/// Why a message cannot be sent on as it is framed: lengths that another may
-/// read differently (400, RFC 9110 section 8.6), or a coding that would be lost
-/// (501, RFC 9112 section 6.1).
-fn framing_fault(head: &RequestHeader) -> Option<u16> {
-    let mut lengths = head.headers.get_all(header::CONTENT_LENGTH).iter();
-    let is_one = |length: &HeaderValue| length.as_bytes().iter().all(u8::is_ascii_digit);
-    if lengths.next().is_some_and(|first| !is_one(first)) || lengths.next().is_some() {
-        return Some(400);
-    }
-    is_coded(&head.headers).then_some(501)
 }
 
 #[async_trait]

@@ -16,6 +16,7 @@
 //! | [`certificates`] | what are clients of TLS shown? |
 //! | `connection`, `head`, `stream`, `reset`, `listening` | who reads a client's next request; what is done on its connection that Pingora does not do? |
 //! | `front`, `front/direct` | how does one request become one answer: through Pingora, or straight on the connection? |
+//! | `front/ask`, `front/fields`, `front/account` | what is asked for; what does the answer's head say; what is counted? |
 //! | [`url`](mod@url) | what is an object called? |
 //! | [`plan`] | which status and bytes answer this request from this manifest? |
 //! | `pieces` | which slice comes next, and how many are opened ahead? |
