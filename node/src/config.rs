@@ -69,6 +69,8 @@ pub struct Config {
     pub memory: Sum,
     /// Disk store; `None` when switched off.
     pub l2: Option<L2Config>,
+    /// Where it would be, when switched off.
+    pub unused_l2_dir: Option<PathBuf>,
     /// Larger objects pass uncached, bytes.
     pub max_object_bytes: Option<u64>,
     /// How an unknown object is first asked for.

@@ -229,6 +229,11 @@ fn open_stores(
         // Without its purges a machine alone must not start: before its store
         // says that it goes on without and will be tried again.
         None => {
+            if let Some(dir) = &config.unused_l2_dir
+                && let Err(error) = until(deadline, || L2::end_life(dir))
+            {
+                tracing::warn!(%error, "what l2_cache_dir holds will not know of the purges made now: empty it before it is used again");
+            }
             let alone = until(deadline, || Cluster::alone(alone_dir(config)));
             let cluster = alone.map_err(|e| of_alone(config, e))?;
             Ok((cluster, open_l2()?))

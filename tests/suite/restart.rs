@@ -341,3 +341,23 @@ async fn an_explanation_says_which_store_holds_what() {
     cluster.node(1).read(&film).await;
     assert_eq!(stores().await, all("l1"));
 }
+
+/// Promise P1: what a machine alone purges while it does without its disk store.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_was_left_unused_brings_nothing_back() {
+    let mut cluster = TestCluster::alone().await;
+    let film = cluster.origin.publish("/film", 2 * SLICE_BYTES);
+    cluster.node(1).read(&film).await;
+    until_on_disk(&cluster, &film).await;
+    for enabled in [false, true] {
+        cluster.node_mut(1).terminate().await;
+        cluster.node_mut(1).set("enable_l2_cache", enabled);
+        cluster.node_mut(1).spawn();
+        cluster.node_mut(1).until_ready().await;
+        if !enabled {
+            film.change();
+            cluster.node(1).purge("/film").await;
+        }
+        cluster.node(1).read(&film).await;
+    }
+}

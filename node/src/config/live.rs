@@ -115,7 +115,7 @@ impl Config {
                 // A field that is not named here does not compile.
                 let Config {
                     $($taken: _,)* $($left: _,)*
-                    listen: _, slice_patterns: _, l2: _, admin: _, warnings: _, source: _,
+                    listen: _, slice_patterns: _, l2: _, unused_l2_dir: _, admin: _, warnings: _, source: _,
                 } = new;
                 $(if self.$taken != new.$taken {
                     self.$taken = new.$taken.clone();

@@ -145,6 +145,7 @@ pub(super) fn read_config(root: &mut Section, source: &Source) -> Config {
         caching: root.section("caching", read_caching),
         l1_bytes_max,
         memory,
+        unused_l2_dir: (!has_l2).then(|| l2.dir.clone()),
         l2: has_l2.then_some(l2),
         max_object_bytes: root.scalar("max_object_size", positive_size),
         origin_probe: root

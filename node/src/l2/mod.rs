@@ -31,7 +31,7 @@ mod store;
 mod tests;
 mod writer;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -163,6 +163,15 @@ impl L2 {
     /// Whether a slice is here, as far as that is known without a wait for the disk.
     pub fn has(&self, id: &SliceId) -> bool {
         self.store.load().as_ref().is_some_and(|l2| l2.has(id))
+    }
+
+    /// Ends the life of the store in `dir`, if there is one: a machine alone that does
+    /// not use it makes purges that it will not know of. It begins empty again.
+    ///
+    /// # Errors
+    /// Another process has it, or the disk has no room for a word.
+    pub fn end_life(dir: &Path) -> Result<(), L2Error> {
+        store::end_life(dir)
     }
 
     /// Whether a slice is here; asking does not count as a use.

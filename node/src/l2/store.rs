@@ -611,7 +611,7 @@ fn begin_life(dir: &Path, life: Life) -> std::io::Result<()> {
     match std::fs::read_to_string(&path) {
         Ok(word) if word == life.word() => return Ok(()),
         Ok(_) => {
-            warn!(dir = %dir.display(), ?life, "the disk store was filled alone and is now of a cluster, or the reverse; it begins empty");
+            warn!(dir = %dir.display(), ?life, "the disk store is of another life, whose purges are not those of this one; it begins empty");
             match std::fs::remove_dir_all(dir.join("index")) {
                 Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
                 Ok(()) | Err(_) => {}
@@ -621,11 +621,27 @@ fn begin_life(dir: &Path, life: Life) -> std::io::Result<()> {
         Err(e) if e.kind() == ErrorKind::NotFound => {}
         Err(e) => return Err(e),
     }
+    write_life(dir, life.word())
+}
+
+/// See [`super::L2::end_life`].
+pub(super) fn end_life(dir: &Path) -> Result<(), L2Error> {
+    if !dir.join(LIFE_FILE).exists() {
+        return Ok(());
+    }
+    let _lock = lock(dir)?;
+    write_life(dir, "ended\n").map_err(|error| L2Error::Disk {
+        path: dir.join(LIFE_FILE),
+        reason: error.to_string(),
+    })
+}
+
+fn write_life(dir: &Path, word: &str) -> std::io::Result<()> {
     let new = dir.join("life.new");
     let mut file = File::create(&new)?;
-    file.write_all(life.word().as_bytes())?;
+    file.write_all(word.as_bytes())?;
     file.sync_all()?;
-    std::fs::rename(&new, &path)?;
+    std::fs::rename(&new, dir.join(LIFE_FILE))?;
     File::open(dir)?.sync_all()
 }
 
