@@ -92,13 +92,14 @@ fn read_pair(files: &ListenTls) -> Result<CertifiedKey, (&'static str, &Path, St
     let pem = contents(&files.cert).map_err(of_cert)?;
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
-        .map_err(|e| of_cert(format!("is no certificate chain in PEM: {e}")))?;
+        .map_err(|_| of_cert("is no certificate chain in PEM".to_owned()))?;
     if chain.is_empty() {
         let remedy = "has no certificate: give a chain in PEM, the server's own first";
         return Err(of_cert(remedy.to_owned()));
     }
     let key = PrivateKeyDer::from_pem_slice(&contents(&files.key).map_err(of_key)?)
-        .map_err(|e| of_key(format!("is no private key in PEM: {e}")))?;
+        // The reader's own words may hold the key.
+        .map_err(|_| of_key("is no private key in PEM".to_owned()))?;
     let provider = rustls::crypto::ring::default_provider();
     CertifiedKey::from_der(chain, key, &provider).map_err(|e| {
         let cert = files.cert.display();
@@ -134,7 +135,12 @@ mod tests {
         let empty = file("empty.pem", "");
         let torn = file("torn.pem", "-----BEGIN CERTIFICATE-----\nMIIB");
         let plain = Listen::plain(([127, 0, 0, 1], 8080).into());
+        let one_line = "-----BEGIN PRIVATE KEY-----c2VjcmV0-----END PRIVATE KEY-----";
+        let one_line = file("one_line.pem", one_line);
+        let cert = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        let cert = file("cert.pem", cert);
         let listen = [
+            of(cert, one_line),
             plain.clone(),
             of(empty.clone(), empty.clone()),
             of(torn, empty),
@@ -145,13 +151,17 @@ mod tests {
         };
         let told: Vec<_> = problems.iter().map(|p| (&*p.key, &*p.remedy)).collect();
         for (told, (key, remedy)) in told.iter().zip([
-            ("listen[1].tls.cert", "has no certificate"),
-            ("listen[2].tls.cert", "is no certificate chain"),
-            ("listen[3].tls.cert", "cannot be read"),
+            ("listen[0].tls.key", "is no private key in PEM"),
+            ("listen[2].tls.cert", "has no certificate"),
+            ("listen[3].tls.cert", "is no certificate chain in PEM"),
         ]) {
-            assert!(told.0 == key && told.1.starts_with(remedy), "{told:?}");
+            assert_eq!(*told, (key, told.1));
+            assert!(told.1.starts_with(remedy), "{told:?}");
         }
-        assert_eq!(told.len(), 3);
+        assert_eq!(told[0].1, "is no private key in PEM", "and nothing of it");
+        assert_eq!(told[3].0, "listen[4].tls.cert");
+        assert!(told[3].1.starts_with("cannot be read"), "{told:?}");
+        assert_eq!(told.len(), 4);
         let shown = Certificates::new(Pairs::read(&[plain]).unwrap());
         assert!(matches!(shown.shown(), [None]));
     }

@@ -229,6 +229,22 @@ impl Config {
         }
     }
 
+    /// PURGE for everybody who reaches a listener.
+    pub fn open_purge(&self) -> Option<Problem> {
+        let is_open = |l: &&Listen| !l.address.ip().to_canonical().is_loopback();
+        let open = self.listen.iter().find(is_open)?;
+        let is_for_all = self.purge.enabled && self.purge.auth_token.is_none();
+        is_for_all.then(|| Problem {
+            key: "purge.auth_token".into(),
+            value: "(absent)".into(),
+            remedy: format!(
+                "PURGE without a token is for loopback listeners only, and {} is open to others: \
+                 give a token, or listen on 127.0.0.1",
+                open.address,
+            ),
+        })
+    }
+
     fn own_upstream(&self) -> Option<Problem> {
         let own = |u: &&Upstream| {
             self.listen

@@ -533,6 +533,10 @@ impl Reload {
         let new = self.config.reload()?;
         let mut config = self.config.clone();
         let mut changes = config.take(&new);
+        // Some of what the new file says waits for a start.
+        if let Some(problem) = config.open_purge() {
+            return Err(Problems(vec![problem]));
+        }
         let pairs = Pairs::read(&config.listen)?;
         for warning in &new.warnings {
             tracing::warn!("{warning}");

@@ -255,7 +255,7 @@ pub struct Purger {
 }
 
 impl Purger {
-    /// One per node; a purge keeps the settings that it began with.
+    /// One per node.
     pub fn new(cluster: Cluster, metrics: Arc<Metrics>, live: Live) -> Arc<Purger> {
         Arc::new(Purger {
             observer: Observer::new(cluster.clone(), metrics.clone()),

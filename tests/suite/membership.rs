@@ -84,7 +84,20 @@ async fn one_node_alone_goes_on_answering() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn edges_follow_without_voting() {
-    let cluster = Options::cluster(3).edges(2).start().await;
+    let mut cluster = Options::cluster(3).edges(2).prepare().await;
+    // One node to look for is enough for what founds nothing.
+    let seed = cluster.node(2).peer_address();
+    let edge = cluster.node_mut(5);
+    let section = edge.setting("cluster").to_owned();
+    let (before, rest) = section.split_once("seeds: [").expect("its seeds");
+    let (_, after) = rest.split_once(']').expect("a list");
+    edge.set("cluster", format!("{before}seeds: [\"{seed}\"]{after}"));
+    for id in 1..=5 {
+        cluster.node_mut(id).spawn();
+    }
+    for id in 1..=5 {
+        cluster.node_mut(id).until_ready().await;
+    }
     let film = cluster.origin.publish("/film", 4 * MIB);
     cluster.read_from_every_node(&film).await;
     assert!(film.fetches_per_slice().iter().all(|n| *n == 1));

@@ -3,7 +3,7 @@
 //!
 //! [`Config::take`] is the one place that tells the keys apart. [`Settings`] are
 //! those that are taken, [`Live`] has the ones in force: a request takes them once
-//! and goes on with them, whatever is read meanwhile. What is stored keeps the
+//! and goes on with them, whatever is read meanwhile; a body under way looks again. What is stored keeps the
 //! lifetime that it was stored with. Not here: certificates (`certificates`), and
 //! when to read again (`node`).
 

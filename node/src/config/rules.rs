@@ -344,6 +344,15 @@ fn read_cluster(s: &mut Section) -> Option<ClusterConfig> {
     let seeds = s.list("seeds", peer_address);
     let voters = one_of(&[("1", 1), ("3", 3), ("5", 5)]);
     let voters_expected = s.scalar("voters_expected", voters).unwrap_or(3);
+    let role = s.scalar(
+        "role",
+        one_of(&[("voter", Role::Voter), ("edge", Role::Edge)]),
+    );
+    // An edge founds nothing.
+    let (wanted, of_whom) = match role {
+        Some(Role::Edge) => (1, "an edge needs"),
+        Some(Role::Voter) | None => (voters_expected, "voters_expected asks for"),
+    };
     if let Some(seeds) = seeds.as_ref().filter(|_| s.is_clean("voters_expected")) {
         let distinct: std::collections::BTreeSet<&String> = seeds.iter().collect();
         if distinct.len() < seeds.len() {
@@ -352,18 +361,14 @@ fn read_cluster(s: &mut Section) -> Option<ClusterConfig> {
                 seeds.join(", "),
                 "names a node twice: list each one once",
             );
-        } else if seeds.len() < voters_expected {
+        } else if seeds.len() < wanted {
             let remedy = format!(
-                "are {} of the {voters_expected} that voters_expected asks for: list them all",
+                "are {} of the {wanted} that {of_whom}: list them all",
                 seeds.len(),
             );
             s.refuse("seeds", seeds.join(", "), remedy);
         }
     }
-    let role = s.scalar(
-        "role",
-        one_of(&[("voter", Role::Voter), ("edge", Role::Edge)]),
-    );
     let weight = s
         .scalar("weight", integer(0, WEIGHT_MAX))
         .map_or(1, |n| n as u32);
@@ -437,21 +442,10 @@ pub(super) fn refuse_contradictions(config: &mut Config, reader: &Reader, may_se
             false => reader.problems.borrow_mut().push(problem),
         }
     }
-    let open = config
-        .listen
-        .iter()
-        .find(|l| !l.address.ip().to_canonical().is_loopback());
-    if let Some(open) = open
-        && config.purge.enabled
-        && config.purge.auth_token.is_none()
-        && is_clean(&["listen", "purge"])
+    if is_clean(&["listen", "purge"])
+        && let Some(problem) = config.open_purge()
     {
-        let remedy = format!(
-            "PURGE without a token is for loopback listeners only, and {} is open to others: \
-             give a token, or listen on 127.0.0.1",
-            open.address,
-        );
-        reader.refuse("purge.auth_token", "(absent)", remedy);
+        reader.problems.borrow_mut().push(problem);
     }
     if let (Some(l2), Some(cluster)) = (&config.l2, &config.cluster)
         && l2.dir == cluster.data_dir

@@ -769,6 +769,9 @@ fn cluster_rules() {
     ] {
         good(&cluster_with(line));
     }
+    let edge = |seeds| format!("{}\n  role: edge", cluster_with(seeds));
+    good(&edge("seeds: [node1:7001]"));
+    refused_at(&edge("seeds: []"), "cluster.seeds", "are 0 of the 1");
     for name in ["node_id", "advertise", "seeds", "tls"] {
         let kept: Vec<&str> = CLUSTER
             .lines()
