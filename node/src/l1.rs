@@ -178,7 +178,7 @@ struct Weight;
 impl Weighter<Key, Item> for Weight {
     fn weight(&self, _: &Key, item: &Item) -> u64 {
         let bytes = match item {
-            Item::Slice(slice) => slice.len(),
+            Item::Slice(slice) => slice.held_bytes(),
             Item::Record(Kept::Manifest(stored)) => size_of::<Stored>() + held(&stored.manifest),
             Item::Record(Kept::Varies(varies)) => {
                 let names = varies.by.iter().map(|name| FIELD_BYTES + name.len());
@@ -301,7 +301,7 @@ mod tests {
             }
         });
         let held = (0..300).filter_map(|n| l1.slice(&id(n)));
-        let held: usize = held.map(|slice| slice.len() + ITEM_BYTES).sum();
+        let held: usize = held.map(|slice| slice.held_bytes() + ITEM_BYTES).sum();
         assert_eq!(l1.bytes(), held as u64);
         assert!(l1.bytes() <= 1 << 20);
     }

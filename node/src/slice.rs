@@ -113,6 +113,12 @@ impl Slice {
         self.bytes.is_empty()
     }
 
+    /// What it takes of memory, bytes: its sums, too.
+    pub fn held_bytes(&self) -> usize {
+        let quick = self.quick.as_ref().map_or(0, |quick| quick.0.len());
+        self.len() + size_of_val(&*self.growing) + quick * size_of::<AtomicU64>()
+    }
+
     /// Whether the bytes of `range`, and what else lies in the steps that it
     /// touches, still match their checksums.
     pub fn is_intact_in(&self, range: Range<usize>) -> bool {

@@ -365,8 +365,8 @@ impl Store {
         if let Entry::Vacant(place) = self.shared.pending().slices.entry(id) {
             place.insert(slice.clone());
         } else {
-            // It is immutable: the one that waits will do.
-            return self.shared.is_keeping.load(Ordering::Relaxed);
+            // The one that waits will do, if it comes so far.
+            return false;
         }
         if !self.reserve(bytes) || !self.queue(Job::Slice(id, slice)) {
             self.shared.pending().slices.remove(&id);
@@ -626,14 +626,16 @@ fn begin_life(dir: &Path, life: Life) -> std::io::Result<()> {
 
 /// See [`super::L2::end_life`].
 pub(super) fn end_life(dir: &Path) -> Result<(), L2Error> {
-    if !dir.join(LIFE_FILE).exists() {
+    let path = dir.join(LIFE_FILE);
+    let of_disk = |error: std::io::Error| L2Error::Disk {
+        path: path.clone(),
+        reason: error.to_string(),
+    };
+    if !path.try_exists().map_err(of_disk)? {
         return Ok(());
     }
     let _lock = lock(dir)?;
-    write_life(dir, "ended\n").map_err(|error| L2Error::Disk {
-        path: dir.join(LIFE_FILE),
-        reason: error.to_string(),
-    })
+    write_life(dir, "ended\n").map_err(of_disk)
 }
 
 fn write_life(dir: &Path, word: &str) -> std::io::Result<()> {
