@@ -73,7 +73,7 @@ pub(crate) fn awaits_head() -> bool {
 /// What is known already of the object that this task's request asks for.
 pub(crate) fn known_of(key: ObjectKey) -> Option<Known> {
     let known = KNOWN.try_with(Cell::take).ok().flatten()?;
-    (known.key == key).then_some(*known)
+    (known.request.key == key).then_some(*known)
 }
 
 /// Clients' connections of one kind of listener.

@@ -142,7 +142,7 @@ impl Front {
         if let Some(known) = connection::known_of(request.key) {
             (resolved, gone) = (known.resolved, known.gone);
             ctx.started = known.started;
-            request.chance = known.chance;
+            request = known.request;
         }
         ctx.fenced = !self.engine.cluster().may_serve();
         if ctx.fenced {
@@ -521,8 +521,10 @@ async fn patiently<T>(
 
 /// Whether the answer's head is out.
 fn has_begun(session: &Session) -> bool {
-    let written = session.response_written();
-    written.is_some_and(|head| !head.status.is_informational())
+    let is_last = |head: &ResponseHeader| {
+        head.status == StatusCode::SWITCHING_PROTOCOLS || !head.status.is_informational()
+    };
+    session.response_written().is_some_and(is_last)
 }
 
 /// Waits for a deadline, forever if there is none.
@@ -674,7 +676,13 @@ impl ProxyHttp for Front {
             && upstream.raw_path() != b"*"
             && let Some(url) = url::of_request(session.req_header())
         {
-            upstream.set_raw_path(url.target.as_bytes())?;
+            let has_path = upstream.raw_path().split(|byte| *byte == b'/').count() > 3;
+            let target = match has_path || upstream.method != Method::OPTIONS {
+                true => url.target.as_bytes(),
+                // RFC 9112 section 3.2.4.
+                false => b"*",
+            };
+            upstream.set_raw_path(target)?;
         }
         upstream.append_header(header::VIA, HeaderValue::from_static(VIA))?;
         if let Some(id) = self.loop_id() {
@@ -705,6 +713,9 @@ impl ProxyHttp for Front {
         upstream: &mut ResponseHeader,
         ctx: &mut Context,
     ) -> Result<()> {
+        if upstream.status == StatusCode::SWITCHING_PROTOCOLS {
+            self.count_begun(ctx.started);
+        }
         if upstream.status.is_informational() {
             return Ok(());
         }
@@ -718,12 +729,10 @@ impl ProxyHttp for Front {
             "fwd={fwd}; fwd-status={}; detail={detail}",
             upstream.status.as_u16()
         );
-        if upstream.status != StatusCode::SWITCHING_PROTOCOLS {
-            // Framing is Pingora's: it has chosen it already.
-            for name in hop_by_hop(&upstream.headers) {
-                if ![header::TRANSFER_ENCODING, header::CONTENT_LENGTH].contains(&name) {
-                    upstream.remove_header(&name);
-                }
+        // Framing is Pingora's: it has chosen it already.
+        for name in hop_by_hop(&upstream.headers) {
+            if ![header::TRANSFER_ENCODING, header::CONTENT_LENGTH].contains(&name) {
+                upstream.remove_header(&name);
             }
         }
         self.describe(upstream, &status, "PASS")?;
@@ -797,7 +806,10 @@ impl ProxyHttp for Front {
             ) => 504,
             (_, pingora_core::ErrorSource::Upstream) => 502,
             (
-                ErrorType::WriteError | ErrorType::ReadError | ErrorType::ConnectionClosed,
+                ErrorType::WriteError
+                | ErrorType::WriteTimedout
+                | ErrorType::ReadError
+                | ErrorType::ConnectionClosed,
                 pingora_core::ErrorSource::Downstream,
             ) => 0,
             (_, pingora_core::ErrorSource::Downstream) => 400,

@@ -27,9 +27,9 @@ use http::{Method, StatusCode};
 use httpdate::fmt_http_date;
 use pingora_core::protocols::Stream;
 use pingora_http::{RequestHeader, ResponseHeader};
+use pingora_slice_cluster::Generation;
 use pingora_slice_cluster::slice::touched;
 use pingora_slice_cluster::wire::Resolution;
-use pingora_slice_cluster::{Generation, ObjectKey};
 use tokio::io::AsyncWriteExt;
 
 use super::{Disposition, Front, patiently, until_total};
@@ -59,12 +59,10 @@ pub(crate) enum Directly {
 
 /// What the short way has found out for a request.
 pub(crate) struct Known {
-    /// The object that was asked for.
-    pub(crate) key: ObjectKey,
+    /// As it was read.
+    pub(crate) request: Request,
     /// When the request came.
     pub(crate) started: Instant,
-    /// What was left to chance for it.
-    pub(crate) chance: f64,
     /// What may be answered with.
     pub(crate) resolved: Option<Resolved>,
     /// The version that was found to be gone.
@@ -106,9 +104,8 @@ impl Front {
         };
         let known = |resolved, gone| {
             Ok(Directly::Not(Some(Box::new(Known {
-                key: request.key,
+                request: request.clone(),
                 started,
-                chance: request.chance,
                 resolved,
                 gone,
             }))))
