@@ -164,7 +164,7 @@ metrics! {
     subrequest_duration_seconds: Histogram in SERVE_SECONDS;
     /// Milliseconds, average since start of subrequest_duration_seconds.
     subrequest_duration_ms_avg: Gauge;
-    /// 1 while an address of upstream_address can be connected to, else 0. Worry at 0 for a minute; 0 for all of them: the origin is gone.
+    /// 1 while an address of upstream_address can be connected to, else 0; a lone one that is up is tried by requests alone. Worry at 0 for a minute; 0 for all of them: the origin is gone.
     upstream_up: GaugeVec {address = []};
     /// Requests sent to the origin by the cache, every try counted. The origin's own count should agree.
     origin_fetches_total: IntCounter;

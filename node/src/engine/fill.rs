@@ -540,9 +540,9 @@ impl Engine {
         flight: &Arc<Flight>,
         permit: Option<Permit>,
     ) -> Result<(), FillError> {
-        let (mut permit, mut tries) = (permit, FOLLOWED_MAX);
+        let mut tries = FOLLOWED_MAX;
         loop {
-            let (own, started) = self.join_fill(fill, permit.take());
+            let (own, started) = self.join_fill(fill, permit.clone());
             flight.note_source(match own.is_first_to_count() {
                 true => Source::Origin,
                 false => Source::Flight,

@@ -200,16 +200,23 @@ impl Engine {
     /// Purges on all nodes what has changed at the origin; where no majority confirms
     /// it now, again and again until one does.
     pub(super) async fn purge_all_of(&self, urls: &[Url]) {
-        if self.purge_once(urls).await || !self.inner.owed.add(urls) {
+        if self.purge_once(urls, rand::random()).await || !self.inner.owed.add(urls) {
             return;
         }
         let engine = self.clone();
         self.inner.runtime.spawn(async move {
             loop {
-                tokio::time::sleep(OWED_PAUSE).await;
                 let owed = engine.inner.owed.some();
                 let urls: Vec<Url> = owed.iter().map(|(url, _)| url.clone()).collect();
-                if engine.purge_once(&urls).await && engine.inner.owed.settle(&owed) {
+                // It may be in the log already: a retry finds it there (rule 16).
+                let token = rand::random();
+                loop {
+                    tokio::time::sleep(OWED_PAUSE).await;
+                    if engine.purge_once(&urls, token).await {
+                        break;
+                    }
+                }
+                if engine.inner.owed.settle(&owed) {
                     return;
                 }
             }
@@ -217,7 +224,7 @@ impl Engine {
     }
 
     /// Whether a purge was confirmed, or there is nothing to purge.
-    async fn purge_once(&self, urls: &[Url]) -> bool {
+    async fn purge_once(&self, urls: &[Url], token: u128) -> bool {
         let (Some(first), Some(key)) = (urls.first(), self.hash_key()) else {
             return true;
         };
@@ -229,7 +236,7 @@ impl Engine {
             })
             .collect();
         let count = items.len();
-        let purged = self.inner.cluster.purge(items, rand::random()).await;
+        let purged = self.inner.cluster.purge(items, token).await;
         if let Err(error) = &purged {
             tracing::warn!(url = %first, count, %error, "what has changed is not purged yet");
         }
