@@ -99,7 +99,8 @@ impl L1 {
                 DefaultLifecycle::default(),
             ),
             asked: Asked::new(2 * bytes_max / slice_bytes),
-            full_bytes: bytes_max.saturating_sub(shards * slice_bytes),
+            // A slice has sums besides.
+            full_bytes: bytes_max.saturating_sub(shards * (slice_bytes + slice_bytes / 64)),
             // A smaller disk would keep a slice for a shorter time than memory.
             large_bytes: match disk_bytes_max {
                 Some(disk_bytes_max) if disk_bytes_max >= bytes_max => bytes_max / LARGE_DIVISOR,

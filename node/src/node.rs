@@ -533,8 +533,9 @@ impl Reload {
         let new = self.config.reload()?;
         let mut config = self.config.clone();
         let mut changes = config.take(&new);
-        // Some of what the new file says waits for a start.
-        if let Some(problem) = config.open_purge() {
+        // The new file's listeners wait for a start.
+        if let Some(mut problem) = config.open_purge() {
+            problem.remedy += "; that takes effect at a start: keep the token until then";
             return Err(Problems(vec![problem]));
         }
         let pairs = Pairs::read(&config.listen)?;

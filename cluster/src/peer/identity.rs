@@ -56,15 +56,9 @@ impl Identity {
         let reissue = format!("issue it with `pingora-slicectl ca issue --dir DIR --node {me}`");
         let authorities = certificates("ca", &tls.ca, "make it with `pingora-slicectl ca init`")?;
         let chain = certificates("cert", &tls.cert, &reissue)?;
-        let key =
-            PrivateKeyDer::from_pem_slice(&contents("key", &tls.key, &reissue)?).map_err(|e| {
-                wrong(
-                    "key",
-                    &tls.key,
-                    &format!("not a private key ({e})"),
-                    &reissue,
-                )
-            })?;
+        // What is wrong is not told in the reader's words: they may hold the key.
+        let key = PrivateKeyDer::from_pem_slice(&contents("key", &tls.key, &reissue)?)
+            .map_err(|_| wrong("key", &tls.key, "not a private key in PEM", &reissue))?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
 
         let mut roots = RootCertStore::empty();
@@ -270,7 +264,7 @@ fn certificates(
     let pem = contents(key, path, remedy)?;
     let found: Vec<_> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
-        .map_err(|e| wrong(key, path, &format!("not PEM ({e})"), remedy))?;
+        .map_err(|_| wrong(key, path, "not PEM", remedy))?;
     if found.is_empty() {
         return Err(wrong(key, path, "no certificate in it", remedy));
     }

@@ -307,6 +307,9 @@ impl Shared {
 
     /// Founds the cluster if all founders wait for it and this is the lowest.
     async fn found(&self, waiting: &BTreeMap<String, Hello>) {
+        if self.config.role == Role::Edge {
+            return;
+        }
         let own = [self.config.advertise.clone()];
         let seeds = if self.config.seeds.is_empty() {
             &own[..]

@@ -89,7 +89,7 @@ impl Live {
         self.0.load_full()
     }
 
-    /// Goes on with these; what is under way keeps its own.
+    /// Goes on with these; requests under way keep their own.
     pub fn replace(&self, settings: Settings) {
         self.0.store(Arc::new(settings));
     }
