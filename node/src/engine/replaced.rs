@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use futures::stream::{self, StreamExt};
 use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
+use pingora_slice_cluster::handle::PurgeError;
 use pingora_slice_cluster::purge::{PurgeItem, PurgeMode, Scope};
 use pingora_slice_cluster::wire::{Answer, Ask, OriginRequest, ResolveAsk};
 use pingora_slice_cluster::{Generation, NodeId, ObjectKey};
@@ -22,51 +23,51 @@ const REPLACED_HEARD_WITHIN: Duration = Duration::from_secs(1);
 const ASKED_AT_ONCE: usize = 64;
 /// Pause between tries to purge what is owed.
 const OWED_PAUSE: Duration = Duration::from_secs(1);
-/// URLs in one such try.
+/// How much in one such try.
 const OWED_AT_ONCE: usize = 1000;
-/// URLs owed at most, a few hundred bytes each.
+/// How much is owed at most, 40 bytes each.
 const OWED_MAX: usize = 100_000;
 
-/// URLs that have changed at the origin and whose purge no majority confirmed: each
-/// with a mark of its last change.
+/// What has changed at the origin and whose purge no majority confirmed: each with a
+/// mark of its last change.
 #[derive(Default)]
-pub(super) struct Owed(Mutex<HashMap<Url, u64>>);
+pub(super) struct Owed(Mutex<HashMap<Scope, u64>>);
 
 impl Owed {
-    /// Adds URLs; whether nothing was owed before.
-    fn add(&self, urls: &[Url]) -> bool {
+    /// Adds what has changed; whether nothing was owed before.
+    fn add(&self, changed: &[Scope]) -> bool {
         let mut owed = self.lock();
         let was_empty = owed.is_empty();
-        for url in urls {
-            if owed.len() >= OWED_MAX && !owed.contains_key(url) {
-                tracing::warn!(%url, "too much is to be purged: this is not");
-                continue;
+        for scope in changed {
+            if owed.len() < OWED_MAX || owed.contains_key(scope) {
+                owed.insert(*scope, rand::random());
+            } else {
+                tracing::warn!("too much is to be purged: what has changed now is not");
             }
-            owed.insert(url.clone(), rand::random());
         }
         was_empty
     }
 
     /// Some of what is owed.
-    fn some(&self) -> Vec<(Url, u64)> {
+    fn some(&self) -> Vec<(Scope, u64)> {
         let owed = self.lock();
         let some = owed.iter().take(OWED_AT_ONCE);
-        some.map(|(url, mark)| (url.clone(), *mark)).collect()
+        some.map(|(scope, mark)| (*scope, *mark)).collect()
     }
 
     /// Takes out what has been purged, unless it has changed again since; whether
     /// nothing is owed any more.
-    fn settle(&self, purged: &[(Url, u64)]) -> bool {
+    fn settle(&self, purged: &[(Scope, u64)]) -> bool {
         let mut owed = self.lock();
-        for (url, mark) in purged {
-            if owed.get(url) == Some(mark) {
-                owed.remove(url);
+        for (scope, mark) in purged {
+            if owed.get(scope) == Some(mark) {
+                owed.remove(scope);
             }
         }
         owed.is_empty()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Url, u64>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Scope, u64>> {
         self.0.lock().expect("no panic while held")
     }
 }
@@ -200,47 +201,46 @@ impl Engine {
     /// Purges on all nodes what has changed at the origin; where no majority confirms
     /// it now, again and again until one does.
     pub(super) async fn purge_all_of(&self, urls: &[Url]) {
-        if self.purge_once(urls, rand::random()).await || !self.inner.owed.add(urls) {
+        let (Some(first), Some(key)) = (urls.first(), self.hash_key()) else {
+            return;
+        };
+        let scope = |url: &Url| Scope::url(&key, &url.host, &url.target);
+        let changed: Vec<Scope> = urls.iter().map(scope).collect();
+        let Err(error) = self.purge_once(&changed, rand::random()).await else {
+            return;
+        };
+        tracing::warn!(url = %first, count = changed.len(), %error, "what has changed is not purged yet");
+        if !self.inner.owed.add(&changed) {
             return;
         }
         let engine = self.clone();
         self.inner.runtime.spawn(async move {
             loop {
                 let owed = engine.inner.owed.some();
-                let urls: Vec<Url> = owed.iter().map(|(url, _)| url.clone()).collect();
+                let changed: Vec<Scope> = owed.iter().map(|(scope, _)| *scope).collect();
                 // It may be in the log already: a retry finds it there (rule 16).
                 let token = rand::random();
                 loop {
                     tokio::time::sleep(OWED_PAUSE).await;
-                    if engine.purge_once(&urls, token).await {
+                    if engine.purge_once(&changed, token).await.is_ok() {
                         break;
                     }
                 }
                 if engine.inner.owed.settle(&owed) {
+                    tracing::info!("what has changed is purged");
                     return;
                 }
             }
         });
     }
 
-    /// Whether a purge was confirmed, or there is nothing to purge.
-    async fn purge_once(&self, urls: &[Url], token: u128) -> bool {
-        let (Some(first), Some(key)) = (urls.first(), self.hash_key()) else {
-            return true;
+    async fn purge_once(&self, changed: &[Scope], token: u128) -> Result<(), PurgeError> {
+        let item = |scope: &Scope| PurgeItem {
+            scope: *scope,
+            mode: PurgeMode::Plain,
         };
-        let items: Vec<PurgeItem> = urls
-            .iter()
-            .map(|url| PurgeItem {
-                scope: Scope::url(&key, &url.host, &url.target),
-                mode: PurgeMode::Plain,
-            })
-            .collect();
-        let count = items.len();
-        let purged = self.inner.cluster.purge(items, token).await;
-        if let Err(error) = &purged {
-            tracing::warn!(url = %first, count, %error, "what has changed is not purged yet");
-        }
-        purged.is_ok()
+        let items = changed.iter().map(item).collect();
+        self.inner.cluster.purge(items, token).await.map(drop)
     }
 }
 
@@ -248,24 +248,18 @@ impl Engine {
 mod tests {
     use super::*;
 
-    fn url(target: &str) -> Url {
-        Url {
-            host: "films.test".into(),
-            target: target.into(),
-        }
-    }
-
     #[test]
     fn what_changes_again_while_it_is_purged_stays_owed() {
         let owed = Owed::default();
-        assert!(owed.add(&[url("/a"), url("/b")]), "it was empty");
+        let (a, b) = (Scope::Url(1), Scope::Url(2));
+        assert!(owed.add(&[a, b]), "it was empty");
         assert!(!owed.add(&[]), "it is not");
         let some = owed.some();
-        owed.add(&[url("/a")]);
+        owed.add(&[a]);
         assert!(!owed.settle(&some));
         let left = owed.some();
         assert_eq!(left.len(), 1);
-        assert_eq!(left[0].0, url("/a"));
+        assert_eq!(left[0].0, a);
         assert!(owed.settle(&left));
     }
 }
