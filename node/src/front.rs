@@ -676,11 +676,13 @@ impl ProxyHttp for Front {
             && upstream.raw_path() != b"*"
             && let Some(url) = url::of_request(session.req_header())
         {
-            let has_path = upstream.raw_path().split(|byte| *byte == b'/').count() > 3;
-            let target = match has_path || upstream.method != Method::OPTIONS {
-                true => url.target.as_bytes(),
+            let authority = upstream.raw_path().splitn(3, |byte| *byte == b'/').nth(2);
+            let is_bare =
+                authority.is_some_and(|rest| !rest.iter().any(|byte| b"/?".contains(byte)));
+            let target = match is_bare && upstream.method == Method::OPTIONS {
                 // RFC 9112 section 3.2.4.
-                false => b"*",
+                true => b"*",
+                false => url.target.as_bytes(),
             };
             upstream.set_raw_path(target)?;
         }

@@ -458,6 +458,14 @@ async fn an_answer_ends_at_its_total_deadline() {
     assert_eq!(node.metric("clients_too_slow_total").await, 1.0);
     drop(gate);
     node.read(&film).await;
+    // Before its first byte, too: by no status, for none would be true.
+    let silent = cluster.origin.publish("/silent", SLICE_BYTES);
+    silent.always(Fault::StallAfter(0));
+    for (n, range) in ["bytes=0-9", "bytes=0-0,9-9"].into_iter().enumerate() {
+        let reply = Ask::get("/silent").range(range).send(node.address()).await;
+        assert!(reply.is_err(), "{range}: {reply:?}");
+        assert_eq!(node.metric("clients_too_slow_total").await, 2.0 + n as f64);
+    }
 }
 
 /// One silent origin, and the time that its clients wait in all.

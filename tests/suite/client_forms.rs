@@ -589,6 +589,15 @@ async fn what_is_passed_is_in_each_ones_form() {
     let seen = log.last().expect("it is passed on");
     assert_eq!(seen.target, "/film?a");
     assert_eq!(seen.header("host"), "films.test");
+    for (target, passed) in [("", "*"), ("/", "/"), ("?a", "/?a")] {
+        let options = format!(
+            "OPTIONS http://films.test{target} HTTP/1.1\r\nHost: films.test\r\n\
+             Connection: close\r\n\r\n"
+        );
+        raw(node.address(), options.as_bytes()).await.unwrap();
+        let log = cluster.origin.log();
+        assert_eq!(log.last().expect("it is passed on").target, passed);
+    }
 
     let interim = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n\
                     HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
