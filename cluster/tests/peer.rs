@@ -1131,6 +1131,21 @@ async fn wrong_files_are_named_with_a_remedy() {
         assert!(matches!(error, StartError::Config(_)), "{error}");
         error.to_string()
     };
+    // A key without its line ends is not told with the reason.
+    let one_line = authority.0.join("one-line.key");
+    let key = std::fs::read_to_string(&good.key).unwrap();
+    std::fs::write(&one_line, key.replace('\n', "")).unwrap();
+    let torn = TlsFiles {
+        key: one_line.clone(),
+        ..good.clone()
+    };
+    let said = complaint(1, torn);
+    let (_, reason) = said.split_once("one-line.key").expect("its path");
+    assert!(reason.contains("not a private key in PEM"), "{said}");
+    assert!(
+        !reason.contains("45, 45") && !reason.contains("-----"),
+        "{said}"
+    );
     for (tls, node, words) in [
         (
             TlsFiles {
