@@ -569,11 +569,11 @@ impl Engine {
         if leased && let Some(resolved) = self.resolve_at_owners(request, held.as_ref(), gone).await
         {
             // Its owner may have lost what is stale here, and then has only the failure.
-            return match held.filter(|_| resolved.is_passing_failure()) {
-                Some(held) => match self.stale_on_error(Some(&held.object), request, gone) {
-                    Some(stale) => Resolved::Object(Found::stored(stale, Resolution::Stale)),
-                    None => resolved,
-                },
+            let stale = held
+                .filter(|_| resolved.is_passing_failure())
+                .and_then(|held| self.stale_on_error(Some(&held.object), request, gone));
+            return match stale {
+                Some(stale) => Resolved::Object(Found::stored(stale, Resolution::Stale)),
                 None => resolved,
             };
         }
