@@ -74,9 +74,16 @@ unit: build
 	$(call say,tests)
 	$(CARGO) test --locked --workspace -- --test-threads $(TEST_THREADS)
 
-# Only the end-to-end tests; T=purge runs those whose name has it.
+# Only the end-to-end tests; T=purge runs those whose name has it, RELEASE=1 all of
+# them against the release build, which is what `make bench` measures.
+SUITE = $(CARGO) test --locked -p pingora-slice-tests --test suite -- --test-threads $(TEST_THREADS) $(T)
 suite: tools-test build
-	$(CARGO) test --locked -p pingora-slice-tests --test suite -- --test-threads $(TEST_THREADS) $(T)
+ifdef RELEASE
+	$(CARGO) build --locked --release -p pingora-slice -p pingora-slice-client
+	PINGORA_SLICE_BIN_DIR=$(RELEASE_BIN) $(SUITE)
+else
+	$(SUITE)
+endif
 
 SECONDS := 300
 CHAOS = CHAOS_DISKS=1 CHAOS_SECONDS=$(SECONDS) $(if $(SEED),CHAOS_SEED=$(SEED)) $(if $(READS),CHAOS_READS=$(READS)) \
@@ -105,7 +112,11 @@ stalled: build
 ROWS ?=
 PAIRS ?= 5
 TURN_SECONDS ?= 2
+BENCH_TOOLS := wrk nginx varnishd traffic_server
 bench:
+	@export PATH="$$PATH:/usr/sbin:/usr/local/sbin"; for tool in cc cmake $(BENCH_TOOLS); do \
+	  command -v $$tool >/dev/null || { echo "$$tool is missing; on Debian: apt-get install --no-install-recommends \
+	build-essential cmake wrk nginx varnish trafficserver trafficserver-experimental-plugins" >&2; exit 1; }; done
 	$(call say,release build)
 	$(CARGO) build --locked --release -p pingora-slice -p pingora-slice-client
 	$(call say,bench)

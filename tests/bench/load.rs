@@ -193,6 +193,8 @@ pub async fn delaying_relay(upstream: SocketAddr, round_trip: Duration) -> Resul
     tokio::spawn(async move {
         while let Ok((client, _)) = listener.accept().await {
             tokio::spawn(async move {
+                // As long as its handshake would have taken.
+                tokio::time::sleep(round_trip).await;
                 let server = TcpStream::connect(upstream).await?;
                 client.set_nodelay(true)?;
                 server.set_nodelay(true)?;

@@ -61,6 +61,24 @@ pub fn refuse_what_is_missing() -> Result<()> {
     Ok(())
 }
 
+/// The commit that is checked out, if git knows.
+pub fn commit() -> Option<String> {
+    let mut git = Command::new("git");
+    let said = git
+        .args(["describe", "--always", "--dirty"])
+        .output()
+        .ok()
+        .filter(|said| said.status.success())?;
+    Some(String::from_utf8_lossy(&said.stdout).trim().to_owned())
+}
+
+/// The processor's name, if the kernel knows.
+pub fn processor() -> Option<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(": ")?.1.to_owned())
+}
+
 fn find(tool: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
     path.split(':')
@@ -210,22 +228,34 @@ fn family(pid: u32) -> Vec<u32> {
     all
 }
 
-/// The fields of /proc/PID/stat after the name, which may have spaces.
-fn stat(pid: u32) -> Option<Vec<String>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+/// The fields of a process' or a thread's stat after the name, which may have spaces.
+fn stat(of: impl std::fmt::Display) -> Option<Vec<String>> {
+    let text = fs::read_to_string(format!("/proc/{of}/stat")).ok()?;
     let (_, rest) = text.rsplit_once(')')?;
     Some(rest.split_whitespace().map(str::to_owned).collect())
 }
 
 /// CPU seconds that a process and all below it have used.
 pub fn cpu_seconds(pid: u32) -> f64 {
-    let of = |pid: u32| -> Option<f64> {
-        let fields = stat(pid)?;
-        let user: f64 = fields.get(11)?.parse().ok()?;
-        let system: f64 = fields.get(12)?.parse().ok()?;
-        Some((user + system) / TICKS)
+    family(pid).into_iter().filter_map(own_cpu_seconds).sum()
+}
+
+fn own_cpu_seconds(of: impl std::fmt::Display) -> Option<f64> {
+    let fields = stat(of)?;
+    let user: f64 = fields.get(11)?.parse().ok()?;
+    let system: f64 = fields.get(12)?.parse().ok()?;
+    Some((user + system) / TICKS)
+}
+
+/// CPU seconds that the threads of a process with this name have used.
+pub fn thread_cpu_seconds(pid: u32, name: &str) -> f64 {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let of = |task: fs::DirEntry| -> Option<f64> {
+        let is_named = fs::read_to_string(task.path().join("comm")).ok()?.trim() == name;
+        let task = task.file_name().into_string().ok()?;
+        is_named.then(|| own_cpu_seconds(format!("{pid}/task/{task}")))?
     };
-    family(pid).into_iter().filter_map(of).sum()
+    tasks.into_iter().flatten().flatten().filter_map(of).sum()
 }
 
 /// Resident bytes of a process and all below it.

@@ -4,7 +4,7 @@
 //! parts floor ADDRESS OBJECTS      a Pingora server that writes bytes from memory and does nothing else
 //! parts pread FILE PIECE SECONDS   random aligned reads of PIECE bytes
 //! parts write FILE MIB             a sequential write with a checksum per 64 KiB
-//! parts quic bare|ours SECONDS     slices of 1 MiB between two QUIC endpoints in this process
+//! parts quic KIND SECONDS          slices of 1 MiB between two QUIC endpoints: bare, apart or ours
 //! ```
 //!
 //! Built with the release profile, as the daemon is; each but `floor` prints
@@ -48,6 +48,7 @@ fn main() -> Result<()> {
         ["pread", file, piece, seconds] => pread(file, piece.parse()?, seconds.parse()?),
         ["write", file, mib] => write(file, mib.parse()?),
         ["quic", kind, seconds] => quic::run(kind, Duration::from_secs_f64(seconds.parse()?)),
+        ["quic-owner", dir] => quic::own(dir.as_ref()),
         // Started by `cargo bench` without an argument: nothing to do.
         [] => Ok(()),
         other => bail!("{other:?}: see the top of tests/bench/parts.rs"),
@@ -143,6 +144,16 @@ fn floor(address: &str, objects: u32) -> Result<()> {
 fn cpu() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// CPU time of another process so far, in ticks of 10 ms.
+fn cpu_of(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name: the 12th and 13th field.
+    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let times = fields.split_whitespace().skip(11).take(2);
+    let ticks: u64 = times.filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+    Duration::from_millis(10 * ticks)
 }
 
 /// What a large buffer's address is a multiple of.

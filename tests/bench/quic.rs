@@ -1,16 +1,21 @@
-//! Slices of 1 MiB, and parts of 64 KiB, between two QUIC endpoints in this
-//! process and on one thread: with nothing but quinn, and with our peers.
+//! Slices of 1 MiB, and parts of 64 KiB, between two QUIC endpoints: with nothing
+//! but quinn, in this process and on one thread, or each in a process of its own as
+//! nodes are; and with our peers, in this process.
 
+use std::io::{BufRead, BufReader, Read, stdin};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::future::BoxFuture;
 use futures::stream::{self, FuturesUnordered};
+use futures::{FutureExt, StreamExt};
 use pingora_slice_client::ca;
 use pingora_slice_cluster::peer::{Body, PeerHandler, Peers, SERVER_NAME, TlsFiles};
 use pingora_slice_cluster::wire::{
@@ -20,53 +25,109 @@ use pingora_slice_cluster::{Generation, NodeId, ObjectKey, PurgeIndex, SliceId};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-use crate::{MIB, PAGE_BYTES, cpu};
+use crate::{MIB, PAGE_BYTES, cpu, cpu_of};
 
 /// Slices that are fetched at once.
 const AT_ONCE: usize = 4;
+/// Connections that they are spread over, as the peers do it.
+const CONNECTIONS: usize = 4;
+/// Buffers of each socket, as the peers ask for them.
+const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 /// Largest UDP payload, as the peers use it.
 const PAYLOAD_BYTES: u16 = 6500;
 /// Windows, as the peers use them.
 const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
 
-/// See the module's text: `kind` is `bare` or `ours`.
+/// See the module's text: `kind` is `bare`, `apart` or `ours`.
 pub fn run(kind: &str, time: Duration) -> Result<()> {
     let dir = tempfile::tempdir()?;
     ca::ca_init(dir.path())?;
     for id in 1..=2 {
         ca::ca_issue(dir.path(), id, &[])?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        // In a task, so that all of it runs on the one worker.
+    one_worker()?.block_on(async {
         match kind {
             "bare" => {
-                let (asker, owner) = bare(dir.path()).await?;
-                let answer = measure(time, move |bytes| read_bare(asker.clone(), bytes)).await;
+                let owner = bare_owner(dir.path())?;
+                let read = bare_asker(dir.path(), owner.local_addr()?).await?;
+                let answer = measure(time, cpu, read).await;
                 owner.close(0u32.into(), b"");
                 answer
+            }
+            "apart" => {
+                let owner = Owner::start(dir.path())?;
+                let (address, pid) = (owner.address, owner.child.id());
+                let read = bare_asker(dir.path(), address).await?;
+                measure(time, move || cpu() + cpu_of(pid), read).await
             }
             "ours" => {
                 let (asker, owner) = ours(dir.path())?;
                 let asker = Arc::new(asker);
-                let answer = measure(time, move |bytes| read_ours(asker.clone(), bytes)).await;
+                let read = move |bytes| read_ours(asker.clone(), bytes);
+                let answer = measure(time, cpu, read).await;
                 owner.stop().await;
                 answer
             }
-            other => bail!("{other}: bare or ours"),
+            other => bail!("{other}: bare, apart or ours"),
         }
     })
 }
 
+fn one_worker() -> Result<tokio::runtime::Runtime> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    Ok(runtime.worker_threads(1).enable_all().build()?)
+}
+
+/// The other process of `apart`: says where it listens, and answers until its input ends.
+pub fn own(dir: &Path) -> Result<()> {
+    one_worker()?.block_on(async {
+        let owner = bare_owner(dir)?;
+        println!("{}", owner.local_addr()?);
+        tokio::task::spawn_blocking(|| stdin().read_to_end(&mut Vec::new())).await??;
+        Ok(())
+    })
+}
+
+/// [`own`] in a process, stopped when dropped.
+struct Owner {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl Owner {
+    fn start(dir: &Path) -> Result<Owner> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .arg("quic-owner")
+            .arg(dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let said = child.stdout.take().context("its output is a pipe")?;
+        let mut line = String::new();
+        BufReader::new(said).read_line(&mut line)?;
+        let address = line.trim().parse()?;
+        Ok(Owner { child, address })
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// Half of the time slices, `AT_ONCE` at a time; then parts, one at a time.
-async fn measure<F>(time: Duration, read: impl Fn(usize) -> F + Send + 'static) -> Result<()>
+async fn measure<F>(
+    time: Duration,
+    cpu: impl Fn() -> Duration + Send + 'static,
+    read: impl Fn(usize) -> F + Send + 'static,
+) -> Result<()>
 where
     F: Future<Output = Result<()>> + Send + 'static,
 {
+    // In a task, so that all of it runs on the one worker.
     let line = tokio::spawn(async move {
         // Until the path's largest packets are found.
         let warm = Instant::now();
@@ -124,32 +185,41 @@ fn free_pair() -> Result<SocketAddr> {
 
 // --- nothing but quinn
 
-async fn bare(dir: &Path) -> Result<(quinn::Connection, quinn::Endpoint)> {
-    let files = tls(dir, 1);
-    let chain = || -> Result<Vec<CertificateDer<'static>>> {
-        Ok(CertificateDer::pem_file_iter(&files.cert)?.collect::<Result<_, _>>()?)
-    };
-    let key = || PrivateKeyDer::from_pem_file(&files.key);
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(&files.ca)?)?;
-    let roots = Arc::new(roots);
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(
-        roots.clone(),
-        provider.clone(),
-    )
-    .build()?;
-    let mut server = rustls::ServerConfig::builder_with_provider(provider.clone())
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(chain()?, key()?)?;
-    server.alpn_protocols = vec![b"bare".to_vec()];
-    let mut client = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain()?, key()?)?;
-    client.alpn_protocols = vec![b"bare".to_vec()];
+/// How both ends show who they are.
+struct Identity {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    roots: Arc<rustls::RootCertStore>,
+    provider: Arc<rustls::crypto::CryptoProvider>,
+}
 
+impl Identity {
+    fn read(dir: &Path) -> Result<Identity> {
+        let files = tls(dir, 1);
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(&files.ca)?)?;
+        Ok(Identity {
+            chain: CertificateDer::pem_file_iter(&files.cert)?.collect::<Result<_, _>>()?,
+            key: PrivateKeyDer::from_pem_file(&files.key)?,
+            roots: Arc::new(roots),
+            provider: Arc::new(rustls::crypto::ring::default_provider()),
+        })
+    }
+}
+
+/// An endpoint with the settings of the peers.
+fn endpoint(server: Option<quinn::ServerConfig>) -> Result<quinn::Endpoint> {
+    let mut config = quinn::EndpointConfig::default();
+    config.max_udp_payload_size(PAYLOAD_BYTES)?;
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let buffers = socket2::SockRef::from(&socket);
+    buffers.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
+    buffers.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
+    let runtime = Arc::new(quinn::TokioRuntime);
+    Ok(quinn::Endpoint::new(config, server, socket, runtime)?)
+}
+
+fn transport() -> Arc<quinn::TransportConfig> {
     let mut discovery = quinn::MtuDiscoveryConfig::default();
     discovery.upper_bound(PAYLOAD_BYTES);
     let mut transport = quinn::TransportConfig::default();
@@ -158,46 +228,75 @@ async fn bare(dir: &Path) -> Result<(quinn::Connection, quinn::Endpoint)> {
         .stream_receive_window(STREAM_WINDOW_BYTES.into())
         .receive_window(CONNECTION_WINDOW_BYTES.into())
         .send_window(CONNECTION_WINDOW_BYTES.into());
-    let transport = Arc::new(transport);
-    let endpoint = |server| -> Result<quinn::Endpoint> {
-        let mut config = quinn::EndpointConfig::default();
-        config.max_udp_payload_size(PAYLOAD_BYTES)?;
-        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let runtime = Arc::new(quinn::TokioRuntime);
-        Ok(quinn::Endpoint::new(config, server, socket, runtime)?)
-    };
+    Arc::new(transport)
+}
+
+fn bare_owner(dir: &Path) -> Result<quinn::Endpoint> {
+    let identity = Identity::read(dir)?;
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(
+        identity.roots,
+        identity.provider.clone(),
+    )
+    .build()?;
+    let mut server = rustls::ServerConfig::builder_with_provider(identity.provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(identity.chain, identity.key)?;
+    server.alpn_protocols = vec![b"bare".to_vec()];
     let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(server)?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    server.transport_config(transport.clone());
+    server.transport_config(transport());
     let owner = endpoint(Some(server))?;
-    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(client)?;
-    let mut client = quinn::ClientConfig::new(Arc::new(crypto));
-    client.transport_config(transport);
-    let asker = endpoint(None)?;
-
     let accepting = owner.clone();
     let slice = Bytes::from(vec![0x5a; MIB]);
     tokio::spawn(async move {
         while let Some(incoming) = accepting.accept().await {
-            let connection = incoming.await?;
-            while let Ok((mut send, mut receive)) = connection.accept_bi().await {
-                let slice = slice.clone();
-                tokio::spawn(async move {
-                    let mut wanted = [0; 4];
-                    receive.read_exact(&mut wanted).await?;
-                    let bytes = slice.slice(..u32::from_be_bytes(wanted) as usize);
-                    send.write_chunk(bytes).await?;
-                    send.finish()?;
-                    anyhow::Ok(())
-                });
-            }
+            tokio::spawn(answer_bare(incoming.await?, slice.clone()));
         }
         anyhow::Ok(())
     });
-    let connection = asker
-        .connect_with(client, owner.local_addr()?, SERVER_NAME)?
-        .await?;
-    Ok((connection, owner))
+    Ok(owner)
+}
+
+/// Reads that many bytes, over each connection in turn.
+async fn bare_asker(
+    dir: &Path,
+    owner: SocketAddr,
+) -> Result<impl Fn(usize) -> BoxFuture<'static, Result<()>> + Send + 'static> {
+    let identity = Identity::read(dir)?;
+    let mut client = rustls::ClientConfig::builder_with_provider(identity.provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(identity.roots)
+        .with_client_auth_cert(identity.chain, identity.key)?;
+    client.alpn_protocols = vec![b"bare".to_vec()];
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(client)?;
+    let mut client = quinn::ClientConfig::new(Arc::new(crypto));
+    client.transport_config(transport());
+    let asker = endpoint(None)?;
+    let mut connections = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let connecting = asker.connect_with(client.clone(), owner, SERVER_NAME)?;
+        connections.push(connecting.await?);
+    }
+    let asked = AtomicUsize::new(0);
+    Ok(move |bytes| {
+        let turn = asked.fetch_add(1, Ordering::Relaxed) % CONNECTIONS;
+        read_bare(connections[turn].clone(), bytes).boxed()
+    })
+}
+
+async fn answer_bare(connection: quinn::Connection, slice: Bytes) {
+    while let Ok((mut send, mut receive)) = connection.accept_bi().await {
+        let slice = slice.clone();
+        tokio::spawn(async move {
+            let mut wanted = [0; 4];
+            receive.read_exact(&mut wanted).await?;
+            let bytes = slice.slice(..u32::from_be_bytes(wanted) as usize);
+            send.write_chunk(bytes).await?;
+            send.finish()?;
+            anyhow::Ok(())
+        });
+    }
 }
 
 async fn read_bare(connection: quinn::Connection, bytes: usize) -> Result<()> {
@@ -285,7 +384,7 @@ async fn read_ours(asker: Arc<Peers>, bytes: usize) -> Result<()> {
     });
     let (_, body) = asker.ask(NodeId(2), &ask, Duration::from_secs(10)).await?;
     let mut body = body.context("an answer without a body")?;
-    // The one gather, as the engine does it for its memory store.
+    // As the engine gathers for its memory store what the frames have gathered.
     let mut gathered = Vec::with_capacity(bytes);
     while let Some(part) = body.next().await {
         gathered.extend_from_slice(&part?.bytes);

@@ -7,6 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::json;
 
+use crate::machine;
+
 /// What the issue wants of a ratio.
 #[derive(Clone, Copy, Debug)]
 pub enum Aim {
@@ -170,7 +172,12 @@ impl Report {
             .iter()
             .map(|(work, why)| json!({"work": work, "why": why}))
             .collect();
-        json!({"comparisons": comparisons, "not_measured": not_measured})
+        json!({
+            "commit": machine::commit(),
+            "processor": machine::processor(),
+            "comparisons": comparisons,
+            "not_measured": not_measured,
+        })
     }
 
     /// One bar per comparison: how far along the way to its aim, which is the
