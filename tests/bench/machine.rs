@@ -11,14 +11,14 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process, setrlimit};
 use serde_json::Value;
 
+use crate::stat;
+
 /// The core that servers under test run on, and the one for load and origin.
 pub const SERVER_CORE: usize = 0;
 /// See [`SERVER_CORE`].
 pub const CLIENT_CORE: usize = 1;
 /// How long a server may take to listen.
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
-/// Ticks per second of the times in /proc: the same on every Linux.
-const TICKS: f64 = 100.0;
 
 const TOOLS: &[(&str, &str)] = &[
     ("wrk", "wrk"),
@@ -208,7 +208,7 @@ fn family(pid: u32) -> Vec<u32> {
         let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
             continue;
         };
-        if let Some(parent) = stat(pid).and_then(|fields| fields.get(1)?.parse().ok()) {
+        if let Some(parent) = stat::fields(pid).and_then(|fields| fields.get(1)?.parse().ok()) {
             parents.entry(parent).or_default().push(pid);
         }
     }
@@ -228,23 +228,12 @@ fn family(pid: u32) -> Vec<u32> {
     all
 }
 
-/// The fields of a process' or a thread's stat after the name, which may have spaces.
-fn stat(of: impl std::fmt::Display) -> Option<Vec<String>> {
-    let text = fs::read_to_string(format!("/proc/{of}/stat")).ok()?;
-    let (_, rest) = text.rsplit_once(')')?;
-    Some(rest.split_whitespace().map(str::to_owned).collect())
-}
-
 /// CPU seconds that a process and all below it have used.
 pub fn cpu_seconds(pid: u32) -> f64 {
-    family(pid).into_iter().filter_map(own_cpu_seconds).sum()
-}
-
-fn own_cpu_seconds(of: impl std::fmt::Display) -> Option<f64> {
-    let fields = stat(of)?;
-    let user: f64 = fields.get(11)?.parse().ok()?;
-    let system: f64 = fields.get(12)?.parse().ok()?;
-    Some((user + system) / TICKS)
+    family(pid)
+        .into_iter()
+        .filter_map(stat::own_cpu_seconds)
+        .sum()
 }
 
 /// CPU seconds that the threads of a process with this name have used.
@@ -253,7 +242,7 @@ pub fn thread_cpu_seconds(pid: u32, name: &str) -> f64 {
     let of = |task: fs::DirEntry| -> Option<f64> {
         let is_named = fs::read_to_string(task.path().join("comm")).ok()?.trim() == name;
         let task = task.file_name().into_string().ok()?;
-        is_named.then(|| own_cpu_seconds(format!("{pid}/task/{task}")))?
+        is_named.then(|| stat::own_cpu_seconds(format!("{pid}/task/{task}")))?
     };
     tasks.into_iter().flatten().flatten().filter_map(of).sum()
 }

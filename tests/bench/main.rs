@@ -11,6 +11,7 @@
 //! | [`rows`] | the rows: hits, disk, QUIC, cold objects, connections, growth |
 //! | [`purges`] | the rows about purges |
 //! | [`report`] | medians, ratios, table, JSON, bar chart |
+//! | [`stat`] | CPU time as /proc says it |
 //!
 //! The other programs that are measured against are in `parts.rs`.
 
@@ -25,6 +26,7 @@ mod peers;
 mod purges;
 mod report;
 mod rows;
+mod stat;
 
 /// What `make bench` may be told.
 pub struct Settings {

@@ -30,6 +30,7 @@ use rand::Rng;
 use rustix::time::{ClockId, clock_gettime};
 
 mod quic;
+mod stat;
 
 const MIB: usize = 1024 * 1024;
 /// Largest object that the floor answers with.
@@ -144,16 +145,6 @@ fn floor(address: &str, objects: u32) -> Result<()> {
 fn cpu() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
-/// CPU time of another process so far, in ticks of 10 ms.
-fn cpu_of(pid: u32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // Behind the name: the 12th and 13th field.
-    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    let times = fields.split_whitespace().skip(11).take(2);
-    let ticks: u64 = times.filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
-    Duration::from_millis(10 * ticks)
 }
 
 /// What a large buffer's address is a multiple of.
