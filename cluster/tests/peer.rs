@@ -17,7 +17,8 @@ use pingora_slice_cluster::peer::{
     self, Body, BodyBroken, CloseCode, Counters, PeerError, PeerHandler, Peers, TlsFiles,
 };
 use pingora_slice_cluster::wire::{
-    self, Answer, Ask, HEAD_BYTES_MAX, OriginRequest, Part, SliceAsk, SliceOrigin, Version,
+    self, Answer, Ask, HEAD_BYTES_MAX, OriginRequest, Part, ResolveAsk, SliceAsk, SliceOrigin,
+    Version,
 };
 use pingora_slice_cluster::{Generation, NodeId, ObjectKey, PurgeIndex, SliceId};
 use rustls_pki_types::pem::PemObject;
@@ -59,7 +60,8 @@ impl Drop for Authority {
     }
 }
 
-/// What the answering node does with slice `index`.
+/// What the answering node does when it is asked for slice `index`, or to resolve an
+/// object whose key has that number.
 mod behaviour {
     pub const WHOLE: u32 = 0;
     pub const BREAKS_OFF: u32 = 1;
@@ -69,6 +71,7 @@ mod behaviour {
     pub const PAST_END: u32 = 5;
     pub const PANICS: u32 = 6;
     pub const PAUSES: u32 = 7;
+    pub const ENDS_LATER: u32 = 8;
 }
 
 /// Answers by [`behaviour`]; control requests are numbers, and so are answers.
@@ -76,8 +79,10 @@ mod behaviour {
 struct Scripted {
     members: Mutex<HashSet<u64>>,
     asked: AtomicUsize,
-    /// Told when a body or an answer that never ends is dropped.
+    /// Told when a body or an answer that never ends, or one that ends later, is dropped.
     dropped: Arc<Notify>,
+    /// Ends those that end later.
+    end: Arc<Notify>,
 }
 
 impl Scripted {
@@ -117,16 +122,29 @@ impl PeerHandler for Scripted {
 
     async fn slices(&self, _from: NodeId, ask: Ask) -> (Answer, Option<Body>) {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        let Ask::Slice(ask) = ask else {
-            return (Answer::Missing, None);
-        };
-        let length = ask.end as usize;
-        let answer = Answer::Slice {
-            slice_bytes: Some(ask.end),
-            source: SliceOrigin::Stored,
+        let (answer, index, length) = match ask {
+            Ask::Slice(ask) => (
+                Answer::Slice {
+                    slice_bytes: Some(ask.end),
+                    source: SliceOrigin::Stored,
+                },
+                ask.slice.index,
+                ask.end as usize,
+            ),
+            // A ping.
+            Ask::Resolve(ask) if ask.key.0 == 0 => return (Answer::Missing, None),
+            Ask::Resolve(ask) => (
+                Answer::Relay {
+                    status: 200,
+                    headers: vec![],
+                    informational: vec![],
+                },
+                (ask.key.0 >> 64) as u32,
+                ask.key.0 as u32 as usize,
+            ),
         };
         let told = TellDropped(self.dropped.clone());
-        let body: Body = match ask.slice.index {
+        let body: Body = match index {
             behaviour::WHOLE => stream::iter(parts(length)).boxed(),
             behaviour::BREAKS_OFF => {
                 let failure = Err(BodyBroken("the origin hung up".to_owned()));
@@ -155,6 +173,13 @@ impl PeerHandler for Scripted {
                 let later = stream::once(tokio::time::sleep(PAUSE))
                     .map(|()| Ok(Part::new(Bytes::from("more"))));
                 stream::iter(parts(length)).chain(later).boxed()
+            }
+            behaviour::ENDS_LATER => {
+                let end = self.end.clone();
+                let later = stream::once(async move { end.notified().await });
+                let parts = stream::iter(parts(length))
+                    .chain(later.map(|()| Ok(Part::new(Bytes::from("more")))));
+                parts.inspect(move |_| _ = &told).boxed()
             }
             behaviour::PANICS => stream::iter(parts(length))
                 .chain(stream::once(async { panic!("a bug in the engine") }))
@@ -202,6 +227,15 @@ fn ask(index: u32, length: usize) -> Ask {
         stamp: PurgeIndex::default(),
         stored_only: false,
     })
+}
+
+/// The same of an object's answer, which is relayed.
+fn relay(index: u32, length: usize) -> Ask {
+    let key = ObjectKey(u128::from(index) << 64 | 1 << 32 | length as u128);
+    let Ask::Slice(ask) = ask(index, length) else {
+        unreachable!()
+    };
+    Ask::Resolve(ResolveAsk::what_is_stored(key, ask.request))
 }
 
 /// Two free UDP ports in a row, as far as anybody can know; returns the first.
@@ -256,10 +290,15 @@ fn pair(authority: &Authority) -> (Node, Node, Arc<Scripted>) {
     (asker, owner, handler)
 }
 
+/// All of a body, its parts checked as whoever uses them does it.
 async fn collect(mut body: Body) -> Result<Vec<u8>, BodyBroken> {
     let mut bytes = Vec::new();
     while let Some(part) = body.next().await {
-        bytes.extend_from_slice(&part?.bytes);
+        let part = part?;
+        if !part.is_intact() {
+            return Err(BodyBroken("damaged".to_owned()));
+        }
+        bytes.extend_from_slice(&part.bytes);
     }
     Ok(bytes)
 }
@@ -320,15 +359,45 @@ async fn a_body_that_cannot_be_completed_is_seen_to_be_broken() {
         (behaviour::DAMAGED, 200_000),
         (behaviour::PANICS, 200_000),
     ] {
-        // A reset may overtake what was sent before it, the head included.
-        let broken = match asker.ask(2, &ask(how, length)).await {
-            Ok((_, body)) => collect(body.unwrap()).await.is_err(),
-            Err(PeerError::Refused { .. }) => true,
-            Err(other) => panic!("{other}"),
-        };
-        assert!(broken, "behaviour {how} with {length} bytes");
+        for asked in [ask(how, length), relay(how, length)] {
+            // A reset may overtake what was sent before it, the head included.
+            let broken = match asker.ask(2, &asked).await {
+                Ok((_, body)) => collect(body.unwrap()).await.is_err(),
+                Err(PeerError::Refused { .. }) => true,
+                Err(other) => panic!("{other}"),
+            };
+            assert!(broken, "{asked:?}");
+        }
     }
-    assert_eq!(count(|c| &c.bodies_broken, &owner), 2);
+    assert_eq!(count(|c| &c.bodies_broken, &owner), 4);
+    // What is relayed goes to a client as it comes.
+    let (_, body) = asker.ask(2, &relay(behaviour::DAMAGED, 10)).await.unwrap();
+    assert!(body.unwrap().next().await.unwrap().is_err());
+}
+
+/// What an owner has set aside memory for stays so until it has arrived.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_is_held_until_it_has_arrived() {
+    let authority = Authority::new();
+    let (asker, owner, handler) = pair(&authority);
+    let mut cable = Cable::to(owner.address, usize::MAX).await;
+    asker
+        .peers
+        .set_address(NodeId(2), &cable.address.to_string());
+    let (_, body) = asker.ask(2, &ask(behaviour::ENDS_LATER, 10)).await.unwrap();
+    let mut body = body.unwrap();
+    assert_eq!(body.next().await.unwrap().unwrap().bytes, pattern(10));
+    cable.cut.store(true, Ordering::SeqCst);
+    handler.end.notify_one();
+    let dropped = handler.dropped.notified();
+    let early = tokio::time::timeout(Duration::from_millis(500), dropped).await;
+    assert!(early.is_err(), "its end is under way");
+    cable.cut.store(false, Ordering::SeqCst);
+    assert_eq!(collect(body).await.unwrap(), b"more");
+    tokio::time::timeout(SOON, handler.dropped.notified())
+        .await
+        .expect("the body is dropped");
+    cable.tasks.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -354,22 +423,25 @@ async fn an_owner_stops_when_the_asker_leaves() {
         .expect("the answer is dropped");
 }
 
-/// Readers that stand still, as many as a peer is given streams but one, hold
-/// up nobody else.
+/// Readers that stand still hold up nobody else: neither the one that a peer has a
+/// stream left for, nor, with all of them taken, slices.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_readers_do_not_stop_the_others() {
     let authority = Authority::new();
     let (asker, _owner, _) = pair(&authority);
-    let (large, expected) = (ask(behaviour::WHOLE, 1 << 20), pattern(1 << 20));
+    let (large, expected) = (relay(behaviour::WHOLE, 1 << 20), pattern(1 << 20));
     let mut unread = Vec::new();
+    let read = async |asked| {
+        let (_, body) = asker.ask(2, asked).await.unwrap();
+        let read = tokio::time::timeout(SOON, collect(body.unwrap())).await;
+        assert!(read.expect("not held up").unwrap() == expected);
+    };
     for _ in 0..63 {
         unread.push(asker.ask(2, &large).await.unwrap().1.unwrap());
     }
-    let (_, body) = asker.ask(2, &large).await.unwrap();
-    let read = tokio::time::timeout(SOON, collect(body.unwrap()))
-        .await
-        .expect("not held up");
-    assert!(read.unwrap() == expected);
+    read(&large).await;
+    unread.push(asker.ask(2, &large).await.unwrap().1.unwrap());
+    read(&ask(behaviour::WHOLE, 1 << 20)).await;
     for body in unread {
         assert!(collect(body).await.unwrap() == expected);
     }
@@ -821,7 +893,7 @@ async fn handshakes_that_nobody_goes_on_with_keep_no_peer_out() {
 /// However many connections a node makes, the others find room.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_has_so_many_connections_and_no_more() {
-    const CONNECTIONS: usize = 16;
+    const CONNECTIONS: usize = 24;
     let authority = Authority::new();
     let (_, owner, _) = pair(&authority);
     let raw = RawClient::new(&authority.issue(1), wire::ALPN_SLICES);

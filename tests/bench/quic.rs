@@ -35,9 +35,10 @@ const CONNECTIONS: usize = 4;
 const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 /// Largest UDP payload, as the peers use it.
 const PAYLOAD_BYTES: u16 = 6500;
-/// Windows, as the peers use them.
-const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
-const CONNECTION_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
+/// Windows, as the peers use them for slices.
+const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 64 * 1024 * 1024;
+const SEND_WINDOW_BYTES: u64 = 8 * 1024 * 1024;
 
 /// See the module's text: `kind` is `bare`, `apart` or `ours`.
 pub fn run(kind: &str, time: Duration) -> Result<()> {
@@ -229,7 +230,7 @@ fn transport() -> Arc<quinn::TransportConfig> {
         .mtu_discovery_config(Some(discovery))
         .stream_receive_window(STREAM_WINDOW_BYTES.into())
         .receive_window(CONNECTION_WINDOW_BYTES.into())
-        .send_window(CONNECTION_WINDOW_BYTES.into());
+        .send_window(SEND_WINDOW_BYTES);
     Arc::new(transport)
 }
 

@@ -2,10 +2,11 @@
 //!
 //! A `Dialler` belongs to one of the two endpoints and keeps a few
 //! connections to each peer, made when they are first needed, one attempt at a
-//! time. A peer that cannot be reached is left alone for a while, doubling
-//! with each failure; meanwhile callers fail at once, and after it one attempt
-//! runs beside them, so that nobody waits for a dead node twice. Whoever dials
-//! us is tried again without delay.
+//! time; those for slices apart from the others, as they have other windows. A
+//! peer that cannot be reached is left alone for a while, doubling with each
+//! failure; meanwhile callers fail at once, and after it one attempt runs beside
+//! them, so that nobody waits for a dead node twice. Whoever dials us is tried
+//! again without delay.
 //!
 //! A peer that has died quietly is told from one that is merely slow by
 //! whether *anything* came from it while an answer was due: a living one
@@ -20,7 +21,7 @@ use bytes::Bytes;
 use futures::future::{BoxFuture, Shared};
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use quinn::{Connection, ConnectionError, Endpoint, RecvStream, TransportErrorCode};
+use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, RecvStream, TransportErrorCode};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{MissedTickBehavior, timeout};
@@ -49,18 +50,20 @@ const SEAT_WAIT_MAX: Duration = Duration::from_secs(5);
 const ACKNOWLEDGEMENT_DELAY: Duration = Duration::from_millis(50);
 
 /// What distinguishes the two endpoints.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Limits {
     /// What goes over its connections, in a word.
     pub carries: &'static str,
     /// What to add to the port that a peer advertises.
     pub port_offset: u16,
-    /// Connections to one peer.
+    /// Connections to one peer; as many again for slices.
     pub connections: usize,
     /// Streams at once on one of them.
     pub streams: usize,
     /// Longest wait between attempts.
     pub backoff_max: Duration,
+    /// Settings of the connections for slices; `None`: no slice is asked for.
+    pub for_slices: Option<ClientConfig>,
 }
 
 /// Where a request to a peer goes.
@@ -69,6 +72,8 @@ pub(super) enum Place {
     /// Onto one of its seats, for as long as the answer takes: more bodies at
     /// once would wait for one another.
     Seat,
+    /// Onto one of the seats for slices, whose bodies are read as they come.
+    SliceSeat,
     /// Past them. For what asks after those who are on the seats, or what those
     /// wait for: they may all be taken, and for long.
     Aside,
@@ -233,7 +238,7 @@ impl Dialler {
         let conversation = async move {
             let nobody = NodeId(0);
             let (peer, connection) =
-                line.connect(&advertise)
+                line.connect(&advertise, None)
                     .await
                     .map_err(|reason| PeerError::Unreachable {
                         peer: nobody,
@@ -320,8 +325,13 @@ struct Line {
 }
 
 impl Line {
-    /// Connects to `advertise` and reads who is there. Must run on `runtime`.
-    async fn connect(&self, advertise: &str) -> Result<(NodeId, Connection), String> {
+    /// Connects to `advertise`, with other settings than the endpoint's where there
+    /// are any, and reads who is there. Must run on `runtime`.
+    async fn connect(
+        &self,
+        advertise: &str,
+        settings: Option<&ClientConfig>,
+    ) -> Result<(NodeId, Connection), String> {
         let endpoint = lock(&self.endpoint)
             .clone()
             .ok_or("this node is stopping")?;
@@ -337,7 +347,8 @@ impl Line {
         let mut reason = format!("{advertise} has no address that this node can dial");
         let patience = CONNECT_TIMEOUT / usable.len().max(1) as u32;
         for address in usable {
-            let connection = match timeout(patience, handshake(&endpoint, address)).await {
+            let connection = match timeout(patience, handshake(&endpoint, settings, address)).await
+            {
                 Ok(Ok(connection)) => connection,
                 Ok(Err(e)) => {
                     reason = format!("{address}: {e}");
@@ -367,14 +378,21 @@ impl Line {
 /// A connection to `address`. What is lost of a handshake is sent again after
 /// ever longer times: others are begun beside it, so that a peer which comes
 /// back meanwhile is reached at once.
-async fn handshake(endpoint: &Endpoint, address: SocketAddr) -> Result<Connection, String> {
+async fn handshake(
+    endpoint: &Endpoint,
+    settings: Option<&ClientConfig>,
+    address: SocketAddr,
+) -> Result<Connection, String> {
     let mut under_way = FuturesUnordered::new();
     let mut begin = tokio::time::interval(HANDSHAKE_EVERY);
     begin.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = begin.tick() => {
-                let connecting = endpoint.connect(address, SERVER_NAME);
+                let connecting = match settings {
+                    Some(settings) => endpoint.connect_with(settings.clone(), address, SERVER_NAME),
+                    None => endpoint.connect(address, SERVER_NAME),
+                };
                 under_way.push(connecting.map_err(|e| e.to_string())?);
             }
             Some(outcome) = under_way.next() => return outcome.map_err(|e| why(&e)),
@@ -425,6 +443,7 @@ struct Pool {
     address: String,
     line: Arc<Line>,
     seats: Arc<Semaphore>,
+    slice_seats: Arc<Semaphore>,
     state: Mutex<State>,
 }
 
@@ -452,6 +471,7 @@ struct State {
 /// Room for one connection.
 #[derive(Default)]
 struct Lane {
+    for_slices: bool,
     wire: Wire,
     in_flight: usize,
 }
@@ -501,12 +521,12 @@ impl State {
     }
 
     /// The lane with the fewest streams among those that `eligible` names.
-    fn emptiest(&self, eligible: impl Fn(&Wire) -> bool) -> Option<usize> {
+    fn emptiest(&self, for_slices: bool, eligible: impl Fn(&Wire) -> bool) -> Option<usize> {
         let lanes = self
             .lanes
             .iter()
             .enumerate()
-            .filter(|(_, lane)| eligible(&lane.wire));
+            .filter(|(_, lane)| lane.for_slices == for_slices && eligible(&lane.wire));
         lanes
             .min_by_key(|(_, lane)| lane.in_flight)
             .map(|(index, _)| index)
@@ -535,11 +555,19 @@ impl State {
 
 impl Pool {
     fn new(peer: NodeId, advertise: &str, line: Arc<Line>) -> Pool {
-        let limits = line.limits;
+        let limits = &line.limits;
+        let lanes = |for_slices| {
+            (0..limits.connections).map(move |_| Lane {
+                for_slices,
+                ..Lane::default()
+            })
+        };
+        let slice_lanes = limits.for_slices.iter().flat_map(|_| lanes(true));
+        let seats = || Arc::new(Semaphore::new(limits.connections * limits.streams));
         let state = State {
             peer,
             carries: limits.carries,
-            lanes: (0..limits.connections).map(|_| Lane::default()).collect(),
+            lanes: lanes(false).chain(slice_lanes).collect(),
             failures: 0,
             reason: String::new(),
             retry_at: Instant::now(),
@@ -549,9 +577,10 @@ impl Pool {
         Pool {
             peer,
             address: advertise.to_owned(),
-            line,
-            seats: Arc::new(Semaphore::new(limits.connections * limits.streams)),
+            seats: seats(),
+            slice_seats: seats(),
             state: Mutex::new(state),
+            line,
         }
     }
 
@@ -562,17 +591,23 @@ impl Pool {
     /// A place for one stream: waits for a permit, and for the connection where
     /// there is none yet; not for a peer that is known to be down.
     async fn seat(self: &Arc<Self>, place: Place) -> Result<(Seat, Connection), String> {
-        self.unless_down()?;
-        let permit = match place {
-            Place::Seat => {
-                let permit = self.seats.clone().acquire_owned().await;
+        let for_slices = place == Place::SliceSeat;
+        self.unless_down(for_slices)?;
+        let seats = match place {
+            Place::Seat => Some(&self.seats),
+            Place::SliceSeat => Some(&self.slice_seats),
+            Place::Aside => None,
+        };
+        let permit = match seats {
+            Some(seats) => {
+                let permit = seats.clone().acquire_owned().await;
                 Some(permit.map_err(|_| "no longer wanted".to_owned())?)
             }
-            Place::Aside => None,
+            None => None,
         };
         let (seat, dialling) = {
             let mut state = self.lock();
-            let (lane, dialling) = self.choose(&mut state)?;
+            let (lane, dialling) = self.choose(&mut state, for_slices)?;
             state.lanes[lane].in_flight += 1;
             (
                 Seat {
@@ -587,40 +622,43 @@ impl Pool {
         Ok((seat, connection))
     }
 
-    fn unless_down(self: &Arc<Self>) -> Result<(), String> {
+    fn unless_down(self: &Arc<Self>, for_slices: bool) -> Result<(), String> {
         let mut state = self.lock();
-        self.choose(&mut state).map(|_| ())
+        self.choose(&mut state, for_slices).map(|_| ())
     }
 
     /// Which lane the next stream takes, and its connection, made or being made.
-    fn choose(self: &Arc<Self>, state: &mut State) -> Result<(usize, Dialling), String> {
+    fn choose(
+        self: &Arc<Self>,
+        state: &mut State,
+        for_slices: bool,
+    ) -> Result<(usize, Dialling), String> {
         state.sweep();
         if state.closed {
             return Err("no longer wanted".to_owned());
         }
-        let up = state.emptiest(|wire| matches!(wire, Wire::Up(_)));
-        let down = state.failures > 0;
+        let up = state.emptiest(for_slices, |wire| matches!(wire, Wire::Up(_)));
+        let down = !state.is_up();
         let dialling = state
             .lanes
             .iter()
             .any(|lane| matches!(lane.wire, Wire::Dialling(_)));
         // Another connection is made when those there are have something to do,
         // beside the callers as long as there is one to use meanwhile.
+        let emptiest = state.emptiest(for_slices, |_| true);
         let wanted = if down {
-            (up.is_none() && !dialling && Instant::now() >= state.retry_at).then_some(0)
+            emptiest.filter(|_| !dialling && Instant::now() >= state.retry_at)
         } else {
-            state
-                .emptiest(|_| true)
-                .filter(|index| matches!(state.lanes[*index].wire, Wire::None))
+            emptiest.filter(|index| matches!(state.lanes[*index].wire, Wire::None))
         };
         if let Some(index) = wanted {
-            state.lanes[index].wire = Wire::Dialling(self.dial(index));
+            state.lanes[index].wire = Wire::Dialling(self.dial(index, for_slices));
         }
         let lane = match up {
             Some(up) => up,
             None if down => return Err(format!("backing off: {}", state.reason)),
             None => state
-                .emptiest(|wire| !matches!(wire, Wire::None))
+                .emptiest(for_slices, |wire| !matches!(wire, Wire::None))
                 .unwrap_or(0),
         };
         match &state.lanes[lane].wire {
@@ -634,11 +672,13 @@ impl Pool {
     }
 
     /// Starts making the connection of a lane, and watches over it until it ends.
-    fn dial(self: &Arc<Self>, lane: usize) -> Dialling {
+    fn dial(self: &Arc<Self>, lane: usize, for_slices: bool) -> Dialling {
         let (tell, told) = oneshot::channel();
         let pool = self.clone();
         let task = async move {
-            let outcome = pool.line.connect(&pool.address).await;
+            let settings = pool.line.limits.for_slices.as_ref();
+            let settings = settings.filter(|_| for_slices);
+            let outcome = pool.line.connect(&pool.address, settings).await;
             let outcome = pool.dialled(lane, outcome);
             // Nobody may be waiting any more.
             let _ = tell.send(outcome.clone());
@@ -727,6 +767,7 @@ impl Pool {
         state.closed = true;
         state.close_connections(code);
         self.seats.close();
+        self.slice_seats.close();
     }
 }
 

@@ -275,7 +275,9 @@ pub(super) enum Unwritten {
 
 /// Writes an answer's head and its body, and finishes the stream. Bytes are
 /// handed to quinn as they are, without a copy. What is ready at once leaves
-/// at once; while the body is waited for, an asker that leaves ends the wait.
+/// at once; while the body is waited for, an asker that leaves ends the wait. The
+/// body is dropped, and with it the memory that is set aside for it, when all of it
+/// has arrived.
 pub(super) async fn write_answer(
     send: &mut SendStream,
     head: Vec<u8>,
@@ -304,7 +306,10 @@ pub(super) async fn write_answer(
         match next {
             None => {
                 gathered.push(Bytes::from_static(&BODY_END));
-                return finish(send, gathered).await;
+                finish(send, gathered).await?;
+                // Or the asker has left, or the connection has ended.
+                let _ = stopped.await;
+                return Ok(());
             }
             Some(Err(e)) => return Err(Unwritten::Source(e)),
             Some(Ok(part)) if part.bytes.is_empty() => {}

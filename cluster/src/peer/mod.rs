@@ -67,7 +67,8 @@ pub const GREETING_BYTES_MAX: usize = 64 * 1024;
 /// An asker that takes nothing for this long loses the body.
 const BODY_WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Connections to one peer's slice endpoint: each uses one core at most.
+/// Connections to one peer's slice endpoint for slices, and as many for all else: each
+/// uses one core at most.
 const SLICE_CONNECTIONS: usize = 4;
 /// Streams on one of them: 64 were measured to wait for one another, 16 not.
 const SLICE_STREAMS: usize = 16;
@@ -92,13 +93,30 @@ const CONTROL_BACKOFF_MAX: Duration = Duration::from_millis(250);
 /// 333 ms leave room for one such try before the handshake is given up.
 const FIRST_ROUND_TRIP: Duration = Duration::from_millis(50);
 
-/// Unread bytes of one stream that a connection takes in: 25 MiB/s over 10 ms.
-const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
-/// Unread or unacknowledged bytes of one connection, each way: twice what its
-/// streams can hold. Readers that stand still must not use it up, or the other
-/// streams stand still too; and quinn renews it in steps of an eighth only.
-const CONNECTION_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
-const _: () = assert!(2 * SLICE_STREAMS as u32 * STREAM_WINDOW_BYTES <= CONNECTION_WINDOW_BYTES);
+/// What a connection takes in before it is read, and what it may send before it is
+/// acknowledged, bytes.
+#[derive(Clone, Copy)]
+struct Windows {
+    stream: u32,
+    connection: u32,
+}
+/// For what is read at a client's pace, and memory is set aside for nowhere else: a
+/// stream has 25 MiB/s over 10 ms, a connection twice what its streams can hold. Readers
+/// that stand still must not use it up, or the other streams stand still too; and quinn
+/// renews it in steps of an eighth only.
+const WINDOWS: Windows = Windows {
+    stream: 256 * 1024,
+    connection: 8 * 1024 * 1024,
+};
+const _: () = assert!(2 * SLICE_STREAMS as u32 * WINDOWS.stream <= WINDOWS.connection);
+/// For slices: whoever asks for one has memory for all of it and reads it as it comes,
+/// whoever answers keeps its memory until it has arrived. So what is under way needs no
+/// other bound, and none that a slice of a MiB stops at, or that has to be renewed for it:
+/// each time wakes both sides.
+const SLICE_WINDOWS: Windows = Windows {
+    stream: 16 * 1024 * 1024,
+    connection: 64 * 1024 * 1024,
+};
 /// Largest UDP payload that is probed for. 6550 is the last one of which ten
 /// fit into one GSO write; beyond, quinn loses them all.
 const PAYLOAD_BYTES_MAX: u16 = 6500;
@@ -324,6 +342,8 @@ impl Peers {
         let thread_guard = control_end.clone().drop_guard();
         let slice_runtime = Handle::current();
         let slice_endpoint = endpoint(listen, &identity, ALPN_SLICES, PAYLOAD_BYTES_MAX)?;
+        let mut for_slices = identity.client_config(ALPN_SLICES)?;
+        for_slices.transport_config(transport(PAYLOAD_BYTES_MAX, SLICE_WINDOWS)?);
         let control_endpoint = {
             let _driven_by = control_runtime.enter();
             endpoint(
@@ -345,6 +365,7 @@ impl Peers {
                 connections: SLICE_CONNECTIONS,
                 streams: SLICE_STREAMS,
                 backoff_max: SLICE_BACKOFF_MAX,
+                for_slices: Some(for_slices),
             },
         ));
         let control = Arc::new(Dialler::new(
@@ -357,6 +378,7 @@ impl Peers {
                 connections: CONTROL_CONNECTIONS,
                 streams: CONTROL_STREAMS,
                 backoff_max: CONTROL_BACKOFF_MAX,
+                for_slices: None,
             },
         ));
 
@@ -400,7 +422,8 @@ impl Peers {
     }
 
     /// Asks a peer on the slice endpoint; `deadline` ends with the head of the
-    /// answer, the parts of a body have their own.
+    /// answer, the parts of a body have their own. A slice is to be read as it comes,
+    /// into memory that is there for all of it.
     ///
     /// # Errors
     /// [`PeerError`]: at once while the peer is backing off.
@@ -411,10 +434,14 @@ impl Peers {
         deadline: Duration,
     ) -> Result<(Answer, Option<Body>), PeerError> {
         let frame = wire::encode(ask).map_err(|e| refused(peer, e))?;
+        let place = match ask {
+            Ask::Slice(_) => Place::SliceSeat,
+            _ => Place::Seat,
+        };
         let reply = self
             .inner
             .slices
-            .exchange(peer, Place::Seat, frame.into(), HEAD_BYTES_MAX, deadline)
+            .exchange(peer, place, frame.into(), HEAD_BYTES_MAX, deadline)
             .await?;
         let answer: Answer = wire::decode(&reply.head).map_err(|e| refused(peer, e))?;
         let body = frames::has_body(&answer).then(|| reply.into_body());
@@ -627,28 +654,7 @@ fn endpoint(
              choose an address of this machine with two free ports in a row"
         ))
     };
-    let cannot_set = |e: &dyn std::fmt::Display| StartError::Config(format!("QUIC settings: {e}"));
-
-    let mut transport = TransportConfig::default();
-    // The first packets have the smallest size, as the path may be a tunnel;
-    // larger ones are found by probing once the connection stands.
-    let mut discovery = MtuDiscoveryConfig::default();
-    discovery.upper_bound(payload_bytes_max);
-    transport
-        .mtu_discovery_config(Some(discovery))
-        .initial_rtt(FIRST_ROUND_TRIP)
-        .max_concurrent_bidi_streams(STREAMS_ACCEPTED.into())
-        .max_concurrent_uni_streams(0u32.into())
-        .datagram_receive_buffer_size(None)
-        .stream_receive_window(STREAM_WINDOW_BYTES.into())
-        .receive_window(CONNECTION_WINDOW_BYTES.into())
-        .send_window(CONNECTION_WINDOW_BYTES.into())
-        .max_idle_timeout(Some(
-            IdleTimeout::try_from(IDLE_TIMEOUT).map_err(|e| cannot_set(&e))?,
-        ))
-        .keep_alive_interval(Some(KEEP_ALIVE));
-    let transport = Arc::new(transport);
-
+    let transport = transport(payload_bytes_max, WINDOWS)?;
     let mut server = identity.server_config(alpn)?;
     server.transport_config(transport.clone());
     let mut client = identity.client_config(alpn)?;
@@ -657,7 +663,7 @@ fn endpoint(
     let mut config = EndpointConfig::new(Arc::new(identity.reset_key()));
     config
         .max_udp_payload_size(payload_bytes_max.max(1472))
-        .map_err(|e| cannot_set(&e))?;
+        .map_err(cannot_set)?;
     // Recognisable by nobody, so that a restarted node answers packets for its
     // former connections with a reset instead of dropping them.
     config.cid_generator(|| Box::new(RandomConnectionIdGenerator::default()));
@@ -667,6 +673,32 @@ fn endpoint(
         Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime)).map_err(cannot_bind)?;
     endpoint.set_default_client_config(client);
     Ok(endpoint)
+}
+
+/// What all connections have in common, and their windows.
+fn transport(payload_bytes_max: u16, windows: Windows) -> Result<Arc<TransportConfig>, StartError> {
+    let mut transport = TransportConfig::default();
+    // The first packets have the smallest size, as the path may be a tunnel;
+    // larger ones are found by probing once the connection stands.
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery.upper_bound(payload_bytes_max);
+    let idle_timeout = IdleTimeout::try_from(IDLE_TIMEOUT).map_err(cannot_set)?;
+    transport
+        .mtu_discovery_config(Some(discovery))
+        .initial_rtt(FIRST_ROUND_TRIP)
+        .max_concurrent_bidi_streams(STREAMS_ACCEPTED.into())
+        .max_concurrent_uni_streams(0u32.into())
+        .datagram_receive_buffer_size(None)
+        .stream_receive_window(windows.stream.into())
+        .receive_window(windows.connection.into())
+        .send_window(windows.connection.into())
+        .max_idle_timeout(Some(idle_timeout))
+        .keep_alive_interval(Some(KEEP_ALIVE));
+    Ok(Arc::new(transport))
+}
+
+fn cannot_set(e: impl std::fmt::Display) -> StartError {
+    StartError::Config(format!("QUIC settings: {e}"))
 }
 
 /// A bound socket with large buffers; IPv6 ones take IPv4 too.

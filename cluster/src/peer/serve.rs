@@ -34,13 +34,13 @@ const HANDSHAKES_MAX: usize = 64;
 /// As many of those that have shown it have room of their own: who only pretends
 /// to be somewhere takes none of it.
 const HANDSHAKES_SHOWN_MAX: usize = 64;
-/// Connections of one endpoint, both ways: 4 each way to 200 peers, and as much again.
-const CONNECTIONS_MAX: usize = 3200;
-/// Connections that one node has made to it: 4, those of its life before a
+/// Connections of one endpoint, both ways: 8 each way to 200 peers, and half as much again.
+const CONNECTIONS_MAX: usize = 4800;
+/// Connections that one node has made to it: 8, those of its life before a
 /// restart, and greetings. The oldest gives way.
-const NODE_CONNECTIONS_MAX: usize = 16;
-/// Requests for slices under way: 64 from each of 16 peers at once; a head of
-/// 256 KiB each makes 256 MiB at the very worst.
+const NODE_CONNECTIONS_MAX: usize = 24;
+/// Requests under way on the slice endpoint: 128 from each of 8 peers at once; a head
+/// of 256 KiB each makes 256 MiB at the very worst.
 const REQUESTS_MAX: usize = 1024;
 /// Control requests of one member under way: all of one connection, and what
 /// the one before it has left.

@@ -318,8 +318,9 @@ fn answer_with(found: Found) -> Answer {
     }
 }
 
-/// A flight's parts as they land.
+/// A flight's parts as they land. It is held, and its permit, until they have arrived.
 fn landing(first: Part, reader: FlightReader) -> Body {
+    let flight = reader.flight().clone();
     let rest = stream::unfold(Some(reader), |reader| async {
         let mut reader = reader?;
         match reader.next().await? {
@@ -327,5 +328,10 @@ fn landing(first: Part, reader: FlightReader) -> Body {
             Err(error) => Some((Err(BodyBroken(error.to_string())), None)),
         }
     });
-    stream::iter([Ok(first)]).chain(rest).boxed()
+    let parts = stream::iter([Ok(first)]).chain(rest);
+    let parts = parts.map(move |part| {
+        let _held = &flight;
+        part
+    });
+    parts.boxed()
 }
