@@ -151,8 +151,8 @@ pub struct Flight {
     /// where the slice's length is not known yet.
     pub range: Range<u32>,
     landed: Mutex<Landed>,
-    /// Of all that came in parts; `None` once a damaged one has, or they were
-    /// taken. Not with the others: readers need not wait for a sum.
+    /// Of what has not come with its own; `None` once a damaged part has, or they
+    /// were taken. Not with the others: readers need not wait for a sum.
     sums: Mutex<Option<Sums>>,
     news: watch::Sender<()>,
 }
@@ -209,6 +209,12 @@ impl Flight {
     /// by [`Flight::coming`].
     pub fn land_among(&self, part: Part) {
         self.sums().take_if(|sums| !sums.add_part(&part));
+        self.land_carried(part);
+    }
+
+    /// The same of bytes that have come with their checksum, from a peer or another
+    /// flight. Readers check it; the slice's sums are taken if it is kept, which few are.
+    pub fn land_carried(&self, part: Part) {
         let mut landed = self.landed();
         debug_assert!(landed.outcome.is_none(), "nothing lands after the end");
         landed.bytes += part.bytes.len() as u32;
@@ -365,12 +371,21 @@ impl Flight {
     /// Everything that landed, as one slice; once, and when no more will land.
     /// `None` when a part was damaged, as far as that was seen.
     pub fn slice(&self) -> Option<SliceParts> {
-        let sums = self.sums().take()?;
-        let landed = self.landed();
-        if landed.spoiled {
-            return None;
+        let mut sums = self.sums().take()?;
+        let (parts, bytes) = {
+            let landed = self.landed();
+            if landed.spoiled {
+                return None;
+            }
+            (landed.parts.clone(), landed.bytes)
+        };
+        if sums.len() != bytes as usize {
+            sums = Sums::default();
+            if !parts.iter().all(|part| sums.add_part(part)) {
+                return None;
+            }
         }
-        let parts = landed.parts.iter().map(|part| part.bytes.clone());
+        let parts = parts.into_iter().map(|part| part.bytes);
         Some(SliceParts::new(parts, sums))
     }
 

@@ -315,6 +315,11 @@ impl Sums {
         }
     }
 
+    /// Bytes taken in.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     fn add(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             if self.len.is_multiple_of(PAGE_BYTES) {

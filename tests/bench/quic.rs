@@ -390,7 +390,9 @@ async fn read_ours(asker: Arc<Peers>, bytes: usize) -> Result<()> {
     // As the engine gathers for its memory store what the frames have gathered.
     let mut gathered = Vec::with_capacity(bytes);
     while let Some(part) = body.next().await {
-        gathered.extend_from_slice(&part?.bytes);
+        let part = part?;
+        ensure!(part.is_intact(), "a damaged part");
+        gathered.extend_from_slice(&part.bytes);
     }
     ensure!(gathered.len() == bytes, "{} bytes", gathered.len());
     std::hint::black_box(&gathered);

@@ -225,10 +225,11 @@ pub(super) fn has_body(answer: &Answer) -> bool {
     matches!(answer, Answer::Relay { .. } | Answer::Slice { .. })
 }
 
-/// The rest of a stream as a body: each part verified, the end too. `held` is
-/// kept until the body has ended or is dropped, which tells the owner to stop.
-/// It may pause for as long as what the owner reads it from: how long that is,
-/// the owner judges. A peer that has vanished ends its connection, and so this.
+/// The rest of a stream as a body, to its end or broken; its parts as they come, to be
+/// checked by whoever uses them. `held` is kept until the body has ended or is
+/// dropped, which tells the owner to stop. It may pause for as long as what the owner
+/// reads it from: how long that is, the owner judges. A peer that has vanished ends
+/// its connection, and so this.
 pub(super) fn read_body<T: Send + 'static>(recv: RecvStream, held: T) -> Body {
     Box::pin(stream::try_unfold(
         (recv, held),
@@ -258,10 +259,16 @@ async fn read_part(recv: &mut RecvStream) -> Result<Option<Part>, Broken> {
         bytes: read_bytes(recv, length).await?.freeze(),
         crc32c,
     };
-    if !part.is_intact() {
-        return Err(FrameError::Garbage("a part's checksum is wrong".to_owned()).into());
-    }
     Ok(Some(part))
+}
+
+/// A body that ends where a part is not what its checksum says.
+pub(super) fn checked(body: Body) -> Body {
+    let checked = |part: Part| match part.is_intact() {
+        true => Ok(part),
+        false => Err(BodyBroken("a part's checksum is wrong".to_owned())),
+    };
+    body.map(move |part| part.and_then(checked)).boxed()
 }
 
 /// How writing an answer ended, when not well.

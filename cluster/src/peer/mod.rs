@@ -12,7 +12,8 @@
 //! Promises: nobody without a certificate of the cluster's authority gets a
 //! byte; nobody who is not a member gets a slice, or room for more than a
 //! greeting; a dialled node is the one
-//! that was meant; a body is complete and intact or seen to be broken; what is
+//! that was meant; a body is complete or seen to be broken, and each part has its
+//! checksum; what is
 //! not a frame closes its stream with a [`CloseCode`] and does nothing else;
 //! a peer that has vanished costs two callers their deadline, or a third whose
 //! request crossed its last packet, and then nobody.
@@ -423,7 +424,8 @@ impl Peers {
 
     /// Asks a peer on the slice endpoint; `deadline` ends with the head of the
     /// answer, the parts of a body have their own. A slice is to be read as it comes,
-    /// into memory that is there for all of it.
+    /// into memory that is there for all of it, and each part checked when it is used:
+    /// not here, too, as it may lie for long before that.
     ///
     /// # Errors
     /// [`PeerError`]: at once while the peer is backing off.
@@ -445,6 +447,10 @@ impl Peers {
             .await?;
         let answer: Answer = wire::decode(&reply.head).map_err(|e| refused(peer, e))?;
         let body = frames::has_body(&answer).then(|| reply.into_body());
+        let body = match answer {
+            Answer::Relay { .. } => body.map(frames::checked),
+            _ => body,
+        };
         Ok((answer, body))
     }
 

@@ -515,7 +515,7 @@ impl Engine {
                         .metrics
                         .bytes_from_peers_total
                         .inc_by(part.bytes.len() as u64);
-                    flight.land_among(part);
+                    flight.land_carried(part);
                 }
                 Ok(Some(Err(broken))) => return Err(NextSource(broken.to_string())),
                 Ok(None)
@@ -1083,7 +1083,7 @@ async fn follow(other: &Arc<Flight>, started: bool, flight: &Flight) -> Result<(
         if other.are_views_beyond(&flight.range) {
             part.bytes = Bytes::copy_from_slice(&part.bytes);
         }
-        flight.land_among(part);
+        flight.land_carried(part);
     }
     Ok(())
 }
