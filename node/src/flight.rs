@@ -593,6 +593,9 @@ impl Drop for PanicGuard {
 
 /// Bytes checked and given at a time where few calls count.
 pub const LARGE_BYTES: usize = 512 * 1024;
+/// Bytes given at once, and not checked again, of what was read from disk and checked
+/// just now.
+const CHECKED_BYTES: usize = 2 * LARGE_BYTES;
 
 /// How a reader wants the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -613,7 +616,7 @@ pub enum SliceReader {
         slice: Slice,
         /// Where it lay.
         source: Source,
-        /// All of it has been checked just now: the first piece need not be.
+        /// All of it has been checked just now: the first piece is not, again.
         is_checked: bool,
         /// What is still wanted of it.
         wanted: Range<usize>,
@@ -660,12 +663,14 @@ impl SliceReader {
                 wanted,
                 ..
             } => {
+                let is_checked = std::mem::take(is_checked);
                 let most = match form {
+                    Form::Large if is_checked => CHECKED_BYTES,
                     Form::Large => LARGE_BYTES,
                     Form::Pages | Form::Copies => PAGE_BYTES,
                 };
                 let piece = wanted.start..wanted.end.min(wanted.start + most);
-                if !std::mem::take(is_checked) && !slice.is_intact_in(piece.clone()) {
+                if !is_checked && !slice.is_intact_in(piece.clone()) {
                     return Some(Err(FillError::Damaged));
                 }
                 wanted.start = piece.end;
@@ -987,6 +992,22 @@ mod tests {
                 assert!(at <= flipped);
             }
         }
+    }
+
+    #[tokio::test]
+    async fn what_was_checked_just_now_is_given_at_once_and_the_rest_is_checked() {
+        let slice = Slice::new(vec![7; 3 * LARGE_BYTES].into());
+        let mut reader = SliceReader::Stored {
+            slice: slice.with_flipped_bit(CHECKED_BYTES + 5000),
+            source: Source::L2,
+            is_checked: true,
+            wanted: 0..slice.len(),
+            pin: None,
+        };
+        let first = reader.next(Form::Large).await.unwrap().unwrap();
+        assert_eq!(first, slice.bytes()[..CHECKED_BYTES]);
+        let rest = reader.next(Form::Large).await;
+        assert_eq!(rest, Some(Err(FillError::Damaged)));
     }
 
     /// An origin that drips bytes does not cost a part for each of them.
