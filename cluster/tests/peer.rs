@@ -503,13 +503,14 @@ async fn a_body_pauses_while_its_peer_lives_and_no_longer() {
 /// however many want to know; whoever wants a seat is told to go elsewhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_with_no_seat_left_is_alive() {
-    const SEATS: usize = 64;
+    const SEATS: usize = 2 * 64;
     let authority = Authority::new();
     let (asker, owner, handler) = pair(&authority);
     let slow = ask(behaviour::NEVER_ANSWERS, 1);
     let forever = Duration::from_secs(3600);
     let peers = &asker.peers;
-    let waiting = (0..SEATS).map(|_| peers.ask(NodeId(2), &slow, forever));
+    let other = relay(behaviour::NEVER_ANSWERS, 1);
+    let waiting = (0..SEATS).map(|n| peers.ask(NodeId(2), [&slow, &other][n % 2], forever));
     let mut waiting = std::pin::pin!(futures::future::join_all(waiting));
     let asked = || handler.asked.load(Ordering::SeqCst);
     let checks = async {
@@ -893,7 +894,7 @@ async fn handshakes_that_nobody_goes_on_with_keep_no_peer_out() {
 /// However many connections a node makes, the others find room.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_has_so_many_connections_and_no_more() {
-    const CONNECTIONS: usize = 24;
+    const CONNECTIONS: usize = 40;
     let authority = Authority::new();
     let (_, owner, _) = pair(&authority);
     let raw = RawClient::new(&authority.issue(1), wire::ALPN_SLICES);
@@ -1042,6 +1043,55 @@ async fn a_peer_that_vanishes_costs_two_deadlines_and_is_found_again() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!(asker.peers.is_up(NodeId(2)));
+    cable.tasks.shutdown().await;
+}
+
+/// Who asks one after the other, and whether it lives in between, finds out as soon:
+/// the question goes over the connection that is waited on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_vanishes_is_silent_to_questions_too() {
+    let authority = Authority::new();
+    for asked in [ask(behaviour::WHOLE, 10), relay(behaviour::WHOLE, 10)] {
+        let (asker, owner, _) = pair(&authority);
+        let mut cable = Cable::to(owner.address, usize::MAX).await;
+        asker
+            .peers
+            .set_address(NodeId(2), &cable.address.to_string());
+        asker.ask(2, &asked).await.unwrap();
+        cable.cut.store(true, Ordering::SeqCst);
+        let deadline = Duration::from_millis(400);
+        let mut waited = 0;
+        while asker.peers.is_up(NodeId(2)) {
+            let late = asker.peers.ask(NodeId(2), &asked, deadline).await;
+            assert!(matches!(late, Err(PeerError::TimedOut { .. })));
+            assert!(!asker.peers.is_alive(NodeId(2), deadline).await);
+            waited += 2;
+        }
+        assert!(waited <= 4, "{waited}");
+        cable.tasks.shutdown().await;
+    }
+}
+
+/// Nor for its other connections, while one that it has left behind still counts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_vanishes_is_dialled_by_one_and_waited_for_by_none_after_it() {
+    let authority = Authority::new();
+    let (asker, owner, _) = pair(&authority);
+    let mut cable = Cable::to(owner.address, usize::MAX).await;
+    asker
+        .peers
+        .set_address(NodeId(2), &cable.address.to_string());
+    asker.ask(2, &ask(behaviour::WHOLE, 10)).await.unwrap();
+    cable.cut.store(true, Ordering::SeqCst);
+    let first = asker.ask(2, &relay(behaviour::WHOLE, 10)).await;
+    assert!(matches!(first, Err(PeerError::Unreachable { .. })));
+    for _ in 0..20 {
+        let asked = Instant::now();
+        let next = asker.ask(2, &relay(behaviour::WHOLE, 10)).await;
+        assert!(matches!(next, Err(PeerError::Unreachable { .. })));
+        assert!(asked.elapsed() < Duration::from_millis(100));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     cable.tasks.shutdown().await;
 }
 

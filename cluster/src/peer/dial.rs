@@ -74,8 +74,8 @@ pub(super) enum Place {
     Seat,
     /// Onto one of the seats for slices, whose bodies are read as they come.
     SliceSeat,
-    /// Past them. For what asks after those who are on the seats, or what those
-    /// wait for: they may all be taken, and for long.
+    /// Past them, over any connection there is. For what asks after those who are on
+    /// the seats, or what those wait for: they may all be taken, and for long.
     Aside,
 }
 
@@ -520,13 +520,18 @@ impl State {
         !self.closed && (self.failures == 0 || self.has_connection())
     }
 
-    /// The lane with the fewest streams among those that `eligible` names.
-    fn emptiest(&self, for_slices: bool, eligible: impl Fn(&Wire) -> bool) -> Option<usize> {
+    /// The lane with the fewest streams among those for `place` that `eligible` names.
+    fn emptiest(&self, place: Place, eligible: impl Fn(&Wire) -> bool) -> Option<usize> {
+        let is_for = |lane: &Lane| match place {
+            Place::Seat => !lane.for_slices,
+            Place::SliceSeat => lane.for_slices,
+            Place::Aside => true,
+        };
         let lanes = self
             .lanes
             .iter()
             .enumerate()
-            .filter(|(_, lane)| lane.for_slices == for_slices && eligible(&lane.wire));
+            .filter(|(_, lane)| is_for(lane) && eligible(&lane.wire));
         lanes
             .min_by_key(|(_, lane)| lane.in_flight)
             .map(|(index, _)| index)
@@ -548,7 +553,6 @@ impl State {
         }
         self.retry_at = Instant::now() + wait.min(backoff_max);
         self.failures = self.failures.saturating_add(1);
-        self.silences = 0;
         self.reason = reason;
     }
 }
@@ -591,8 +595,7 @@ impl Pool {
     /// A place for one stream: waits for a permit, and for the connection where
     /// there is none yet; not for a peer that is known to be down.
     async fn seat(self: &Arc<Self>, place: Place) -> Result<(Seat, Connection), String> {
-        let for_slices = place == Place::SliceSeat;
-        self.unless_down(for_slices)?;
+        self.unless_down(place)?;
         let seats = match place {
             Place::Seat => Some(&self.seats),
             Place::SliceSeat => Some(&self.slice_seats),
@@ -607,7 +610,7 @@ impl Pool {
         };
         let (seat, dialling) = {
             let mut state = self.lock();
-            let (lane, dialling) = self.choose(&mut state, for_slices)?;
+            let (lane, dialling) = self.choose(&mut state, place)?;
             state.lanes[lane].in_flight += 1;
             (
                 Seat {
@@ -622,44 +625,47 @@ impl Pool {
         Ok((seat, connection))
     }
 
-    fn unless_down(self: &Arc<Self>, for_slices: bool) -> Result<(), String> {
+    fn unless_down(self: &Arc<Self>, place: Place) -> Result<(), String> {
         let mut state = self.lock();
-        self.choose(&mut state, for_slices).map(|_| ())
+        self.choose(&mut state, place).map(|_| ())
     }
 
     /// Which lane the next stream takes, and its connection, made or being made.
     fn choose(
         self: &Arc<Self>,
         state: &mut State,
-        for_slices: bool,
+        place: Place,
     ) -> Result<(usize, Dialling), String> {
         state.sweep();
         if state.closed {
             return Err("no longer wanted".to_owned());
         }
-        let up = state.emptiest(for_slices, |wire| matches!(wire, Wire::Up(_)));
-        let down = !state.is_up();
+        let up = state.emptiest(place, |wire| matches!(wire, Wire::Up(_)));
+        let down = state.failures > 0;
         let dialling = state
             .lanes
             .iter()
             .any(|lane| matches!(lane.wire, Wire::Dialling(_)));
         // Another connection is made when those there are have something to do,
         // beside the callers as long as there is one to use meanwhile.
-        let emptiest = state.emptiest(for_slices, |_| true);
+        let emptiest = state.emptiest(place, |_| true);
         let wanted = if down {
-            emptiest.filter(|_| !dialling && Instant::now() >= state.retry_at)
+            emptiest.filter(|_| up.is_none() && !dialling && Instant::now() >= state.retry_at)
         } else {
-            emptiest.filter(|index| matches!(state.lanes[*index].wire, Wire::None))
+            let has_other = place == Place::Aside && (up.is_some() || dialling);
+            let is_none = |index: &usize| matches!(state.lanes[*index].wire, Wire::None);
+            emptiest.filter(|index| is_none(index) && !has_other)
         };
         if let Some(index) = wanted {
-            state.lanes[index].wire = Wire::Dialling(self.dial(index, for_slices));
+            state.lanes[index].wire =
+                Wire::Dialling(self.dial(index, state.lanes[index].for_slices));
         }
         let lane = match up {
             Some(up) => up,
             None if down => return Err(format!("backing off: {}", state.reason)),
             None => state
-                .emptiest(for_slices, |wire| !matches!(wire, Wire::None))
-                .unwrap_or(0),
+                .emptiest(place, |wire| !matches!(wire, Wire::None))
+                .ok_or("no connection")?,
         };
         match &state.lanes[lane].wire {
             Wire::Up(connection) => {
@@ -744,6 +750,7 @@ impl Pool {
         tracing::debug!(peer = %self.peer, "connection lost: {end}");
         let on_purpose = matches!(end, ConnectionError::Reset | ConnectionError::LocallyClosed);
         if !on_purpose && !state.has_connection() {
+            state.silences = 0;
             state.failed(end.to_string(), self.line.limits.backoff_max);
         }
     }
@@ -755,6 +762,7 @@ impl Pool {
         if state.silences >= SILENCES_MAX && !state.closed {
             tracing::debug!(peer = %self.peer, "fell silent");
             state.close_connections(CloseCode::Silent);
+            state.silences = 0;
             state.failed(
                 CloseCode::Silent.text().to_owned(),
                 self.line.limits.backoff_max,

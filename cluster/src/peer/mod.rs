@@ -94,8 +94,7 @@ const CONTROL_BACKOFF_MAX: Duration = Duration::from_millis(250);
 /// 333 ms leave room for one such try before the handshake is given up.
 const FIRST_ROUND_TRIP: Duration = Duration::from_millis(50);
 
-/// What a connection takes in before it is read, and what it may send before it is
-/// acknowledged, bytes.
+/// What a connection takes in before it is read, bytes.
 #[derive(Clone, Copy)]
 struct Windows {
     stream: u32,
@@ -118,6 +117,8 @@ const SLICE_WINDOWS: Windows = Windows {
     stream: 16 * 1024 * 1024,
     connection: 64 * 1024 * 1024,
 };
+/// What a connection may send before it is acknowledged, bytes.
+const SEND_WINDOW_BYTES: u32 = WINDOWS.connection;
 /// Largest UDP payload that is probed for. 6550 is the last one of which ten
 /// fit into one GSO write; beyond, quinn loses them all.
 const PAYLOAD_BYTES_MAX: u16 = 6500;
@@ -344,7 +345,7 @@ impl Peers {
         let slice_runtime = Handle::current();
         let slice_endpoint = endpoint(listen, &identity, ALPN_SLICES, PAYLOAD_BYTES_MAX)?;
         let mut for_slices = identity.client_config(ALPN_SLICES)?;
-        for_slices.transport_config(transport(PAYLOAD_BYTES_MAX, SLICE_WINDOWS)?);
+        for_slices.transport_config(transport(PAYLOAD_BYTES_MAX, SLICE_WINDOWS, 0)?);
         let control_endpoint = {
             let _driven_by = control_runtime.enter();
             endpoint(
@@ -660,11 +661,10 @@ fn endpoint(
              choose an address of this machine with two free ports in a row"
         ))
     };
-    let transport = transport(payload_bytes_max, WINDOWS)?;
     let mut server = identity.server_config(alpn)?;
-    server.transport_config(transport.clone());
+    server.transport_config(transport(payload_bytes_max, WINDOWS, STREAMS_ACCEPTED)?);
     let mut client = identity.client_config(alpn)?;
-    client.transport_config(transport);
+    client.transport_config(transport(payload_bytes_max, WINDOWS, 0)?);
 
     let mut config = EndpointConfig::new(Arc::new(identity.reset_key()));
     config
@@ -681,8 +681,13 @@ fn endpoint(
     Ok(endpoint)
 }
 
-/// What all connections have in common, and their windows.
-fn transport(payload_bytes_max: u16, windows: Windows) -> Result<Arc<TransportConfig>, StartError> {
+/// What all connections have in common, and their windows. `streams_accepted`: that
+/// the peer may open, which it does on connections of its own making only.
+fn transport(
+    payload_bytes_max: u16,
+    windows: Windows,
+    streams_accepted: u32,
+) -> Result<Arc<TransportConfig>, StartError> {
     let mut transport = TransportConfig::default();
     // The first packets have the smallest size, as the path may be a tunnel;
     // larger ones are found by probing once the connection stands.
@@ -692,12 +697,12 @@ fn transport(payload_bytes_max: u16, windows: Windows) -> Result<Arc<TransportCo
     transport
         .mtu_discovery_config(Some(discovery))
         .initial_rtt(FIRST_ROUND_TRIP)
-        .max_concurrent_bidi_streams(STREAMS_ACCEPTED.into())
+        .max_concurrent_bidi_streams(streams_accepted.into())
         .max_concurrent_uni_streams(0u32.into())
         .datagram_receive_buffer_size(None)
         .stream_receive_window(windows.stream.into())
         .receive_window(windows.connection.into())
-        .send_window(windows.connection.into())
+        .send_window(SEND_WINDOW_BYTES.into())
         .max_idle_timeout(Some(idle_timeout))
         .keep_alive_interval(Some(KEEP_ALIVE));
     Ok(Arc::new(transport))

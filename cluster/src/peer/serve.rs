@@ -37,8 +37,8 @@ const HANDSHAKES_SHOWN_MAX: usize = 64;
 /// Connections of one endpoint, both ways: 8 each way to 200 peers, and half as much again.
 const CONNECTIONS_MAX: usize = 4800;
 /// Connections that one node has made to it: 8, those of its life before a
-/// restart, and greetings. The oldest gives way.
-const NODE_CONNECTIONS_MAX: usize = 24;
+/// restart, and those of handshakes begun beside others. The oldest gives way.
+const NODE_CONNECTIONS_MAX: usize = 40;
 /// Requests under way on the slice endpoint: 128 from each of 8 peers at once; a head
 /// of 256 KiB each makes 256 MiB at the very worst.
 const REQUESTS_MAX: usize = 1024;
@@ -243,6 +243,7 @@ impl Server {
         let _permit = self.requests.try_acquire().map_err(|_| Refusal::Busy)?;
         let payload = head(recv, HEAD_BYTES_MAX).await?;
         let ask: Ask = wire::decode(&payload).map_err(|e| Refusal::Request(e.into()))?;
+        drop(payload);
         let (answer, body) = tokio::select! {
             answered = self.handler.slices(from, ask) => answered,
             _ = send.stopped() => return Ok(()),
