@@ -2,8 +2,8 @@
 //!
 //! A flight belongs to nobody: whoever started it may leave, the fill goes on
 //! and the slice is kept. Readers wait for news and never poll. Every part has
-//! the checksum that was taken when it landed, and is checked when it is given
-//! to a reader. A flight holds a permit of the memory budget for as long as it
+//! the checksum that it came with, or that was taken when it landed, and is checked
+//! when it is given to a reader. A flight holds a permit of the memory budget for as long as it
 //! holds bytes. Not here: where the bytes come from (`engine`).
 
 use std::collections::HashMap;
@@ -54,7 +54,8 @@ pub enum FillError {
     /// The memory budget is spent, and stayed so: another node may have room.
     #[error("no memory for it came free in time")]
     NoMemory,
-    /// Bytes changed after they had landed: have them from another source.
+    /// Bytes changed after they had landed, or on their way from a peer's memory: have
+    /// them once more.
     #[error("bytes were damaged in memory")]
     Damaged,
 }
@@ -379,7 +380,7 @@ impl Flight {
             }
             (landed.parts.clone(), landed.bytes)
         };
-        if sums.len() != bytes as usize {
+        if sums.taken() != bytes as usize {
             sums = Sums::default();
             if !parts.iter().all(|part| sums.add_part(part)) {
                 return None;
@@ -1008,6 +1009,45 @@ mod tests {
         assert_eq!(first, slice.bytes()[..CHECKED_BYTES]);
         let rest = reader.next(Form::Large).await;
         assert_eq!(rest, Some(Err(FillError::Damaged)));
+    }
+
+    /// What a peer gives is checked when it is used, or kept: its sums are those of the
+    /// slice, or it is found to be damaged.
+    #[tokio::test]
+    async fn what_came_with_its_checksum_is_checked_where_it_is_read_and_where_it_is_kept() {
+        const LEN: usize = 2 * PAGE_BYTES + 5000;
+        let whole: Vec<u8> = (0..LEN).map(|n| (n * 31 % 251) as u8).collect();
+        // Small ones are joined; some begin within a page, and some land with sums.
+        let cuts = [0, PAGE_BYTES, PAGE_BYTES + 700, PAGE_BYTES + 1500, LEN];
+        let landed = |flipped: Option<usize>, carried: usize| {
+            let flight = Flight::new(id(), 0..LEN as u32);
+            for (n, cut) in cuts.windows(2).enumerate() {
+                let mut bytes = whole[cut[0]..cut[1]].to_vec();
+                let crc32c = crc32c(&bytes);
+                if let Some(at) = flipped.filter(|at| (cut[0]..cut[1]).contains(at)) {
+                    bytes[at - cut[0]] ^= 1;
+                }
+                let bytes = bytes.into();
+                match n < carried {
+                    true => flight.land_carried(Part { bytes, crc32c }),
+                    false => flight.land_among(Part { bytes, crc32c }),
+                }
+            }
+            flight.finish(Ok(()));
+            flight
+        };
+        let expected = Slice::new(whole.clone().into());
+        for carried in 0..cuts.len() {
+            let slice = landed(None, carried).slice().unwrap();
+            assert!(slice.disk_sums().eq(expected.disk_sums()), "{carried}");
+            assert_eq!(slice.gather().bytes(), expected.bytes());
+            for flipped in [0, PAGE_BYTES + 1, PAGE_BYTES + 800, LEN - 1] {
+                let flight = landed(Some(flipped), carried);
+                assert!(flight.slice().is_none(), "{flipped} {carried}");
+                let read = landed(Some(flipped), carried).read(0..LEN as u32).all();
+                assert_eq!(read.await, Err(FillError::Damaged), "{flipped} {carried}");
+            }
+        }
     }
 
     /// An origin that drips bytes does not cost a part for each of them.

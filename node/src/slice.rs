@@ -315,8 +315,8 @@ impl Sums {
         }
     }
 
-    /// Bytes taken in.
-    pub fn len(&self) -> usize {
+    /// How many bytes have been taken in.
+    pub fn taken(&self) -> usize {
         self.len
     }
 

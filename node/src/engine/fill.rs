@@ -728,19 +728,22 @@ impl Engine {
     /// Keeps what has landed whole: in memory by its frequency, on disk where
     /// this node owns it.
     pub(super) fn land(&self, fill: &Fill, flight: &Arc<Flight>) {
+        let is_keeper = self.is_keeper(fill.key, fill.place);
+        let is_with_peer = !is_keeper && flight.source().is_some_and(Source::is_peer);
+        // Without ranges it takes the whole object to have it again.
+        let may_be_had_again = !fill.version.whole;
+        let is_worth_it = || self.is_worth_a_place(fill.slice, &fill.version);
+        // Before its sums are taken: few are kept.
+        if is_with_peer && may_be_had_again && !is_worth_it() {
+            return;
+        }
         let Some(slice) = self.landed(fill, flight) else {
             return;
         };
-        let is_elsewhere = match self.is_keeper(fill.key, fill.place) {
-            true => {
-                (self.inner.l2.as_ref()).is_some_and(|l2| l2.keep_slice(fill.slice, slice.clone()))
-            }
-            false => flight.source().is_some_and(Source::is_peer),
-        };
-        // Without ranges it takes the whole object to have it again.
-        match is_elsewhere && !fill.version.whole {
-            true => self.keep_if_worth(fill.slice, &fill.version, || slice.gather()),
-            false => self.inner.l1.keep_slice(fill.slice, slice.gather()),
+        let l2 = self.inner.l2.as_ref().filter(|_| is_keeper);
+        let is_on_disk = l2.is_some_and(|l2| l2.keep_slice(fill.slice, slice.clone()));
+        if !(is_on_disk && may_be_had_again) || is_worth_it() {
+            self.inner.l1.keep_slice(fill.slice, slice.gather());
         }
     }
 
@@ -751,13 +754,16 @@ impl Engine {
         version: &Version,
         slice: impl FnOnce() -> Slice,
     ) {
-        if self
-            .inner
-            .l1
-            .is_worth_a_place(&id, version.length, rand::random())
-        {
+        if self.is_worth_a_place(id, version) {
             self.inner.l1.keep_slice(id, slice());
         }
+    }
+
+    /// Whether a slice that can be had again, and was asked for just now, is worth a
+    /// place in memory.
+    fn is_worth_a_place(&self, id: SliceId, version: &Version) -> bool {
+        let l1 = &self.inner.l1;
+        l1.is_worth_a_place(&id, version.length, rand::random())
     }
 
     /// As [`Engine::land`], in memory only.

@@ -294,7 +294,9 @@ impl Engine {
                             rest.start += read.len() as u32;
                         }
                         Err(FillError::Damaged) if !damaged => {
-                            self.drop_damaged(found.slice_id(part.index));
+                            if reader.is_stored() {
+                                self.drop_damaged(found.slice_id(part.index));
+                            }
                             (damaged, again) = (true, true);
                             break;
                         }
