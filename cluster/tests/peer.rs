@@ -380,10 +380,7 @@ async fn a_body_that_cannot_be_completed_is_seen_to_be_broken() {
 async fn a_body_is_held_until_it_has_arrived() {
     let authority = Authority::new();
     let (asker, owner, handler) = pair(&authority);
-    let mut cable = Cable::to(owner.address, usize::MAX).await;
-    asker
-        .peers
-        .set_address(NodeId(2), &cable.address.to_string());
+    let mut cable = Cable::between(&asker, &owner).await;
     let (_, body) = asker.ask(2, &ask(behaviour::ENDS_LATER, 10)).await.unwrap();
     let mut body = body.unwrap();
     assert_eq!(body.next().await.unwrap().unwrap().bytes, pattern(10));
@@ -928,6 +925,14 @@ struct Cable {
 }
 
 impl Cable {
+    /// By which `asker` reaches `owner`, which is node 2.
+    async fn between(asker: &Node, owner: &Node) -> Cable {
+        let cable = Cable::to(owner.address, usize::MAX).await;
+        let address = cable.address.to_string();
+        asker.peers.set_address(NodeId(2), &address);
+        cable
+    }
+
     /// Datagrams beyond `payload_bytes_max` do not fit through it.
     async fn to(far: SocketAddr, payload_bytes_max: usize) -> Cable {
         let cut = Arc::new(AtomicBool::new(false));
@@ -985,10 +990,7 @@ impl Cable {
 async fn a_peer_that_vanishes_costs_two_deadlines_and_is_found_again() {
     let authority = Authority::new();
     let (asker, owner, _) = pair(&authority);
-    let mut cable = Cable::to(owner.address, usize::MAX).await;
-    asker
-        .peers
-        .set_address(NodeId(2), &cable.address.to_string());
+    let mut cable = Cable::between(&asker, &owner).await;
     asker.ask(2, &ask(behaviour::WHOLE, 10)).await.unwrap();
 
     cable.cut.store(true, Ordering::SeqCst);
@@ -1053,10 +1055,7 @@ async fn a_peer_that_vanishes_is_silent_to_questions_too() {
     let authority = Authority::new();
     for asked in [ask(behaviour::WHOLE, 10), relay(behaviour::WHOLE, 10)] {
         let (asker, owner, _) = pair(&authority);
-        let mut cable = Cable::to(owner.address, usize::MAX).await;
-        asker
-            .peers
-            .set_address(NodeId(2), &cable.address.to_string());
+        let mut cable = Cable::between(&asker, &owner).await;
         asker.ask(2, &asked).await.unwrap();
         cable.cut.store(true, Ordering::SeqCst);
         let deadline = Duration::from_millis(400);
@@ -1077,10 +1076,7 @@ async fn a_peer_that_vanishes_is_silent_to_questions_too() {
 async fn a_peer_that_vanishes_is_dialled_by_one_and_waited_for_by_none_after_it() {
     let authority = Authority::new();
     let (asker, owner, _) = pair(&authority);
-    let mut cable = Cable::to(owner.address, usize::MAX).await;
-    asker
-        .peers
-        .set_address(NodeId(2), &cable.address.to_string());
+    let mut cable = Cable::between(&asker, &owner).await;
     asker.ask(2, &ask(behaviour::WHOLE, 10)).await.unwrap();
     cable.cut.store(true, Ordering::SeqCst);
     let first = asker.ask(2, &relay(behaviour::WHOLE, 10)).await;
