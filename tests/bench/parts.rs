@@ -4,7 +4,7 @@
 //! parts floor ADDRESS OBJECTS      a Pingora server that writes bytes from memory and does nothing else
 //! parts pread FILE PIECE SECONDS   random aligned reads of PIECE bytes
 //! parts write FILE MIB             a sequential write with a checksum per 64 KiB
-//! parts quic KIND SECONDS SLICES   slices of 1 MiB between two QUIC endpoints: bare, apart or ours
+//! parts quic KIND SECONDS          slices of 1 MiB between two QUIC endpoints: bare, apart or ours
 //! ```
 //!
 //! Built with the release profile, as the daemon is; each but `floor` prints
@@ -53,11 +53,8 @@ fn main() -> Result<()> {
         ["floor", address, objects] => floor(address, objects.parse()?),
         ["pread", file, piece, seconds] => pread(file, piece.parse()?, seconds.parse()?),
         ["write", file, mib] => write(file, mib.parse()?),
-        ["quic", kind, seconds, slices] => {
-            let time = Duration::from_secs_f64(seconds.parse()?);
-            quic::run(kind, time, slices.parse()?)
-        }
-        ["quic-owner", dir, slices] => quic::own(dir.as_ref(), slices.parse()?),
+        ["quic", kind, seconds] => quic::run(kind, Duration::from_secs_f64(seconds.parse()?)),
+        ["quic-owner", dir] => quic::own(dir.as_ref()),
         // Started by `cargo bench` without an argument: nothing to do.
         [] => Ok(()),
         other => bail!("{other:?}: see the top of tests/bench/parts.rs"),

@@ -17,7 +17,6 @@ use futures::future::BoxFuture;
 use futures::stream::{self, FuturesUnordered};
 use futures::{FutureExt, StreamExt};
 use pingora_slice_client::ca;
-use pingora_slice_cluster::crc32c::crc32c;
 use pingora_slice_cluster::peer::{Body, PeerHandler, Peers, SERVER_NAME, TlsFiles};
 use pingora_slice_cluster::wire::{
     Answer, Ask, OriginRequest, Part, SliceAsk, SliceOrigin, Version,
@@ -41,9 +40,8 @@ const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 64 * 1024 * 1024;
 const SEND_WINDOW_BYTES: u64 = 8 * 1024 * 1024;
 
-/// See the module's text: `kind` is `bare`, `apart` or `ours`; the owner has so many
-/// slices and gives one after the other.
-pub fn run(kind: &str, time: Duration, slices: usize) -> Result<()> {
+/// See the module's text: `kind` is `bare`, `apart` or `ours`.
+pub fn run(kind: &str, time: Duration) -> Result<()> {
     let dir = tempfile::tempdir()?;
     ca::ca_init(dir.path())?;
     for id in 1..=2 {
@@ -52,14 +50,14 @@ pub fn run(kind: &str, time: Duration, slices: usize) -> Result<()> {
     one_worker()?.block_on(async {
         match kind {
             "bare" => {
-                let owner = bare_owner(dir.path(), slices)?;
+                let owner = bare_owner(dir.path())?;
                 let read = bare_asker(dir.path(), owner.local_addr()?).await?;
                 let answer = measure(time, cpu, read).await;
                 owner.close(0u32.into(), b"");
                 answer
             }
             "apart" => {
-                let owner = Owner::start(dir.path(), slices)?;
+                let owner = Owner::start(dir.path())?;
                 let (address, pid) = (owner.address, owner.child.id());
                 let read = bare_asker(dir.path(), address).await?;
                 let owners = move || stat::own_cpu_seconds(pid).unwrap_or_default();
@@ -67,7 +65,7 @@ pub fn run(kind: &str, time: Duration, slices: usize) -> Result<()> {
                 measure(time, both, read).await
             }
             "ours" => {
-                let (asker, owner) = ours(dir.path(), slices)?;
+                let (asker, owner) = ours(dir.path())?;
                 let asker = Arc::new(asker);
                 let read = move |bytes| read_ours(asker.clone(), bytes);
                 let answer = measure(time, cpu, read).await;
@@ -85,9 +83,9 @@ fn one_worker() -> Result<tokio::runtime::Runtime> {
 }
 
 /// The other process of `apart`: says where it listens, and answers until its input ends.
-pub fn own(dir: &Path, slices: usize) -> Result<()> {
+pub fn own(dir: &Path) -> Result<()> {
     one_worker()?.block_on(async {
-        let owner = bare_owner(dir, slices)?;
+        let owner = bare_owner(dir)?;
         println!("{}", owner.local_addr()?);
         tokio::task::spawn_blocking(|| stdin().read_to_end(&mut Vec::new())).await??;
         Ok(())
@@ -101,11 +99,10 @@ struct Owner {
 }
 
 impl Owner {
-    fn start(dir: &Path, slices: usize) -> Result<Owner> {
+    fn start(dir: &Path) -> Result<Owner> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg("quic-owner")
             .arg(dir)
-            .arg(slices.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -177,27 +174,6 @@ fn tls(dir: &Path, id: u64) -> TlsFiles {
     }
 }
 
-/// What an owner has. One slice stays in the processor's caches.
-struct Slices {
-    bytes: Bytes,
-    given: AtomicUsize,
-}
-
-impl Slices {
-    fn new(count: usize) -> Slices {
-        Slices {
-            bytes: Bytes::from(vec![0x5a; count * MIB]),
-            given: AtomicUsize::new(0),
-        }
-    }
-
-    fn next(&self) -> Bytes {
-        let count = self.bytes.len() / MIB;
-        let at = self.given.fetch_add(1, Ordering::Relaxed) % count * MIB;
-        self.bytes.slice(at..at + MIB)
-    }
-}
-
 /// Two free ports in a row: the peers' second endpoint takes the next one.
 fn free_pair() -> Result<SocketAddr> {
     loop {
@@ -223,7 +199,7 @@ struct Identity {
 impl Identity {
     fn read(dir: &Path) -> Result<Identity> {
         let files = tls(dir, 1);
-        // As the peers do it.
+        // As the peers have it.
         let mut provider = rustls::crypto::ring::default_provider();
         let first = rustls::CipherSuite::TLS13_AES_128_GCM_SHA256;
         provider
@@ -240,7 +216,7 @@ impl Identity {
     }
 }
 
-/// An endpoint with the settings of the peers.
+/// An endpoint with the payload and the buffers of the peers.
 fn endpoint(server: Option<quinn::ServerConfig>) -> Result<quinn::Endpoint> {
     let mut config = quinn::EndpointConfig::default();
     config.max_udp_payload_size(PAYLOAD_BYTES)?;
@@ -264,7 +240,7 @@ fn transport() -> Arc<quinn::TransportConfig> {
     Arc::new(transport)
 }
 
-fn bare_owner(dir: &Path, slices: usize) -> Result<quinn::Endpoint> {
+fn bare_owner(dir: &Path) -> Result<quinn::Endpoint> {
     let identity = Identity::read(dir)?;
     let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(
         identity.roots,
@@ -281,10 +257,10 @@ fn bare_owner(dir: &Path, slices: usize) -> Result<quinn::Endpoint> {
     server.transport_config(transport());
     let owner = endpoint(Some(server))?;
     let accepting = owner.clone();
-    let slices = Arc::new(Slices::new(slices));
+    let slice = Bytes::from(vec![0x5a; MIB]);
     tokio::spawn(async move {
         while let Some(incoming) = accepting.accept().await {
-            tokio::spawn(answer_bare(incoming.await?, slices.clone()));
+            tokio::spawn(answer_bare(incoming.await?, slice.clone()));
         }
         anyhow::Ok(())
     });
@@ -318,9 +294,9 @@ async fn bare_asker(
     })
 }
 
-async fn answer_bare(connection: quinn::Connection, slices: Arc<Slices>) {
+async fn answer_bare(connection: quinn::Connection, slice: Bytes) {
     while let Ok((mut send, mut receive)) = connection.accept_bi().await {
-        let slice = slices.next();
+        let slice = slice.clone();
         tokio::spawn(async move {
             let mut wanted = [0; 4];
             receive.read_exact(&mut wanted).await?;
@@ -347,12 +323,8 @@ async fn read_bare(connection: quinn::Connection, bytes: usize) -> Result<()> {
 
 // --- our peers
 
-/// Gives everybody the next slice from memory.
-struct Memory {
-    slices: Slices,
-    /// Of any page: they are alike.
-    crc32c: u32,
-}
+/// Gives everybody the same slice from memory.
+struct Memory(Vec<Part>);
 
 #[async_trait]
 impl PeerHandler for Memory {
@@ -364,13 +336,8 @@ impl PeerHandler for Memory {
         let Ask::Slice(ask) = ask else {
             return (Answer::Missing, None);
         };
-        let slice = self.slices.next();
-        let pages = slice[..ask.end as usize].chunks(PAGE_BYTES);
-        let part = |page| Part {
-            bytes: slice.slice_ref(page),
-            crc32c: self.crc32c,
-        };
-        let parts: Vec<_> = pages.map(|page| Ok(part(page))).collect();
+        let count = (ask.end as usize).div_ceil(PAGE_BYTES).min(self.0.len());
+        let parts: Vec<_> = self.0[..count].iter().cloned().map(Ok).collect();
         let answer = Answer::Slice {
             slice_bytes: Some(MIB as u32),
             source: SliceOrigin::Stored,
@@ -383,11 +350,9 @@ impl PeerHandler for Memory {
     }
 }
 
-fn ours(dir: &Path, slices: usize) -> Result<(Peers, Peers)> {
-    let memory = Arc::new(Memory {
-        slices: Slices::new(slices),
-        crc32c: crc32c(&[0x5a; PAGE_BYTES]),
-    });
+fn ours(dir: &Path) -> Result<(Peers, Peers)> {
+    let part = Part::new(Bytes::from(vec![0x5a; PAGE_BYTES]));
+    let memory = Arc::new(Memory(vec![part; MIB / PAGE_BYTES]));
     let bind = |id| -> Result<(Peers, SocketAddr)> {
         let address = free_pair()?;
         let peers = Peers::bind(address, NodeId(id), &tls(dir, id), memory.clone())?;

@@ -526,8 +526,8 @@ impl Bench<'_> {
         let seconds = (2.0 * self.settings.turn.as_secs_f64()).to_string();
         let mut all: [Vec<(f64, f64)>; 3] = Default::default();
         for _ in 0..self.settings.pairs {
-            let ours = floor_json(self.parts, SERVER_CORE, &["quic", "ours", &seconds, "1"])?;
-            let bare = floor_json(self.parts, SERVER_CORE, &["quic", "bare", &seconds, "1"])?;
+            let ours = floor_json(self.parts, SERVER_CORE, &["quic", "ours", &seconds])?;
+            let bare = floor_json(self.parts, SERVER_CORE, &["quic", "bare", &seconds])?;
             for (pairs, name) in all
                 .iter_mut()
                 .zip(["per_second", "cpu_us_per_mib", "p50_us"])
@@ -736,8 +736,6 @@ impl Bench<'_> {
         const OBJECT: &str = "/1073741824";
         /// Of the object, what the client's node does not own.
         const OTHERS: f64 = 2.0 / 3.0;
-        /// As many slices, so that bare quinn, too, has to read them from memory.
-        const OTHERS_SLICES: &str = "683";
         let options = Options::cluster(3)
             .set("upstream_address", format!("\"{}\"", self.origin.address))
             .set("threads", 1)
@@ -780,8 +778,7 @@ impl Bench<'_> {
             read(floor.address, OBJECT).await?;
             let one = (cpu_seconds(floor.pid()) - before) * 1e6 / 1024.0;
             let quic = |kind| {
-                let arguments = ["quic", kind, &seconds, OTHERS_SLICES];
-                let line = floor_json(self.parts, SERVER_CORE, &arguments)?;
+                let line = floor_json(self.parts, SERVER_CORE, &["quic", kind, &seconds])?;
                 number(&line, "cpu_us_per_mib")
             };
             let bare = quic("bare")?;
