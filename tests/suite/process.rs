@@ -48,6 +48,19 @@ async fn draining_ends() {
     assert!(download.await.unwrap().is_err(), "it was visibly cut");
 }
 
+/// SIGINT cuts what is under way, whatever time it would have to end.
+#[tokio::test(flavor = "multi_thread")]
+async fn sigint_cuts_downloads_at_once() {
+    let mut cluster = Options::alone().set("drain_timeout", "1h").start().await;
+    let film = cluster.origin.publish("/film", 8 * MIB);
+    let mut gate = film.hold_at(6 * MIB);
+    let mut download = cluster.node(1).reading(&film);
+    gate.holds_up(&mut download).await;
+    cluster.node(1).signal(Signal::INT);
+    assert!(cluster.node_mut(1).until_exit().await.success());
+    assert!(download.await.unwrap().is_err(), "it was visibly cut");
+}
+
 /// SIGQUIT hands the listeners to a new process: nobody is refused, a download
 /// under way ends whole, and what is on disk is there.
 async fn hands_over(mut cluster: TestCluster) {
