@@ -60,8 +60,7 @@ impl Identity {
         let key = PrivateKeyDer::from_pem_slice(&contents("key", &tls.key, &reissue)?)
             .map_err(|_| wrong("key", &tls.key, "not a private key in PEM", &reissue))?;
         let mut provider = rustls::crypto::ring::default_provider();
-        // First: AES-256 takes 14 rounds where it takes 10, for slices that are kept in
-        // the clear at both ends.
+        // Ten rounds where AES-256 has fourteen; whoever dials chooses.
         let first = CipherSuite::TLS13_AES_128_GCM_SHA256;
         provider
             .cipher_suites
