@@ -41,7 +41,7 @@ const PAGE_BYTES: usize = 64 * 1024;
 /// As in the daemon. glibc's may give each buffer of a MiB back to the kernel, by how
 /// its heap happens to lie, and then takes 160 page faults for the next one.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args()

@@ -15,8 +15,6 @@ use tokio::time::timeout;
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// A client that took nothing for this long takes nothing more.
 const STILL_FOR: Duration = Duration::from_secs(1);
-/// Beyond the stated sum, in percent.
-const ABOVE_MAX: u64 = 10;
 
 /// A client that has asked, has its head and a byte, and takes nothing more.
 struct Stalled {
@@ -103,7 +101,7 @@ fn check_memory(node: &Node, budget: u64, when: &str) {
         budget / MIB
     );
     assert!(
-        resident <= budget * (100 + ABOVE_MAX) / 100,
+        resident <= budget,
         "{when}: {} MiB resident, {} MiB are the budget",
         resident / MIB,
         budget / MIB
