@@ -26,7 +26,7 @@ impl Buffers {
         let kept = at.map(|at| free.remove(at));
         drop(free);
         Buffer {
-            bytes: kept.unwrap_or_else(|| vec![0; len]),
+            bytes: kept.unwrap_or_else(|| zeroed(len)),
             home: Arc::downgrade(self),
         }
     }
@@ -47,6 +47,16 @@ impl Buffers {
     fn free(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
         self.free.lock().expect("no panic while held")
     }
+}
+
+#[expect(
+    clippy::slow_vector_initialization,
+    reason = "for zeros of its own jemalloc gives the memory back to the kernel, and each page is faulted in"
+)]
+fn zeroed(len: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(len);
+    bytes.resize(len, 0);
+    bytes
 }
 
 /// One in use; given back when dropped.
