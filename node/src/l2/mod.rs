@@ -23,6 +23,7 @@
 
 mod buffers;
 mod index;
+mod places;
 mod reads;
 mod region;
 mod row;

@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 use tracing::warn;
 
 use super::index::{Index, IndexWriter};
+use super::places::Places;
 use super::reads::Reads;
 use super::region::{Place, REGION_BYTES_MAX, ReadError, Regions, entry_bytes};
 use super::row::{INLINE_BYTES_MAX, SliceRow};
@@ -53,10 +54,6 @@ pub(super) const PROBE_FILE: &str = "probe";
 const QUEUE_JOBS_MAX: usize = 4096;
 /// Bytes that wait for the writer at most: 30 ms of a disk that writes 1 GiB/s.
 pub const QUEUE_BYTES_MAX: u64 = 32 << 20;
-/// Memory of the places that are remembered at most: 5,000 slices of 1 MiB.
-const PLACES_BYTES_MAX: usize = 2 << 20;
-/// What one takes besides its sums.
-const PLACE_BYTES: usize = 160;
 /// Bytes read at most where nothing may wait: as long as a large write to a socket.
 const NOW_BYTES_MAX: u32 = 1024 * 1024;
 /// How long `stop` lets the writer work on what is queued, and then on closing.
@@ -70,38 +67,6 @@ pub(super) struct Store {
     pub(super) shared: Arc<Shared>,
     jobs: SyncSender<Job>,
     reads: Reads,
-    places: Arc<Mutex<Places>>,
-}
-
-/// Where slices lie that were read, as the index said it: what is read of them
-/// next need not ask it, which may wait for the disk. Slices do not change,
-/// and a place that no longer holds is known by its region's generation.
-#[derive(Default)]
-struct Places {
-    known: HashMap<SliceId, (Place, Arc<[u32]>)>,
-    bytes: usize,
-}
-
-impl Places {
-    fn insert(&mut self, id: SliceId, place: Place, sums: Arc<[u32]>) {
-        self.remove(id);
-        let bytes = place_bytes(&sums);
-        if self.bytes + bytes > PLACES_BYTES_MAX {
-            *self = Places::default();
-        }
-        self.bytes += bytes;
-        self.known.insert(id, (place, sums));
-    }
-
-    fn remove(&mut self, id: SliceId) {
-        if let Some((_, sums)) = self.known.remove(&id) {
-            self.bytes -= place_bytes(&sums);
-        }
-    }
-}
-
-fn place_bytes(sums: &[u32]) -> usize {
-    PLACE_BYTES + size_of_val(sums)
 }
 
 /// What readers and the writer share.
@@ -113,6 +78,7 @@ pub(super) struct Shared {
     pub(super) in_memory: InMemory,
     pub(super) generation_last: AtomicU64,
     pub(super) pending: Mutex<Pending>,
+    places: Mutex<Places>,
     pub(super) queued_bytes: AtomicU64,
     pub(super) is_writable: AtomicBool,
     /// Whether the last slice was written, and the disk is as large as its bound.
@@ -215,6 +181,7 @@ impl Store {
             in_memory,
             generation_last: AtomicU64::new(last),
             pending: Mutex::default(),
+            places: Mutex::default(),
             queued_bytes: AtomicU64::new(0),
             is_writable: AtomicBool::new(true),
             is_keeping: AtomicBool::new(true),
@@ -238,19 +205,19 @@ impl Store {
             shared,
             jobs,
             reads: Reads::default(),
-            places: Arc::default(),
         })
     }
 
     /// The whole slice, verified.
     pub(super) async fn slice(&self, id: SliceId) -> Option<Slice> {
+        let kept = self.shared.places().kept(&id);
         if let Some(slice) = self.pending_slice(id) {
             return Some(slice);
         }
         if let Some(slice) = self.slice_now(id) {
             return Some(slice);
         }
-        self.read(move |l2| match l2.row(id)? {
+        self.read_row(id, kept, move |l2, row| match row {
             SliceRow::Inline(slice) => Some(slice),
             SliceRow::InRegion(place, sums) => {
                 let slice = l2.shared.regions.read_whole(&place, &sums);
@@ -264,7 +231,7 @@ impl Store {
 
     /// The whole slice, verified, where that needs no wait for the disk.
     pub(super) fn slice_now(&self, id: SliceId) -> Option<Slice> {
-        let (place, sums) = self.places().known.get(&id).cloned()?;
+        let (place, sums) = self.shared.places().get(&id)?;
         if place.len > NOW_BYTES_MAX {
             return None;
         }
@@ -276,14 +243,15 @@ impl Store {
 
     /// Whether a slice is here, as far as that is known without a wait for the disk.
     pub(super) fn has(&self, id: &SliceId) -> bool {
-        let place = self.places().known.get(id).map(|(place, _)| *place);
-        place.is_some_and(|place| self.shared.regions.is_live(&place))
+        let place = self.shared.places().get(id);
+        place.is_some_and(|(place, _)| self.shared.regions.is_live(&place))
             || self.shared.pending().slices.contains_key(id)
     }
 
     /// Whether a slice is here.
     pub(super) async fn holds(&self, id: SliceId) -> bool {
-        self.has(&id) || self.read(move |l2| l2.row(id)).await.is_some()
+        let kept = self.shared.places().kept(&id);
+        self.has(&id) || self.read_row(id, kept, |_, row| Some(row)).await.is_some()
     }
 
     pub(super) fn hangs(&self) -> bool {
@@ -292,6 +260,7 @@ impl Store {
 
     /// Bytes `start..end` of a slice: reads and verifies only the steps touched.
     pub(super) async fn slice_range(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
+        let kept = self.shared.places().kept(&id);
         if let Some(slice) = self.pending_parts(&id) {
             let slice_bytes = slice.len() as u32;
             let (start, end) = cut(start, end, slice_bytes);
@@ -301,7 +270,7 @@ impl Store {
         if let Some(read) = self.read_now(id, start, end) {
             return Some(read);
         }
-        self.read(move |l2| match l2.row(id)? {
+        self.read_row(id, kept, move |l2, row| match row {
             SliceRow::Inline(slice) => {
                 let slice_bytes = slice.len() as u32;
                 let (start, end) = cut(start, end, slice_bytes);
@@ -325,13 +294,13 @@ impl Store {
     }
 
     fn remember(&self, id: SliceId, place: Place, sums: Arc<[u32]>) {
-        self.places().insert(id, place, sums);
+        self.shared.places().insert(id, place, sums);
     }
 
     /// Steps that need no wait for the disk, which a hop to a thread that may
     /// wait would cost more than.
     fn read_now(&self, id: SliceId, start: u32, end: u32) -> Option<L2Read> {
-        let (place, sums) = self.places().known.get(&id).cloned()?;
+        let (place, sums) = self.shared.places().get(&id)?;
         let (start, end) = cut(start, end, place.len);
         if end - start > NOW_BYTES_MAX {
             return None;
@@ -343,10 +312,6 @@ impl Store {
             bytes,
             slice_bytes: place.len,
         })
-    }
-
-    fn places(&self) -> std::sync::MutexGuard<'_, Places> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeps a slice: queued for the writer; when its queue is full, dropped and
@@ -368,6 +333,7 @@ impl Store {
             // The one that waits will do, if it comes so far.
             return false;
         }
+        self.shared.places().keep(&id);
         if !self.reserve(bytes) || !self.queue(Job::Slice(id, slice)) {
             self.shared.pending().slices.remove(&id);
             self.shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -450,8 +416,25 @@ impl Store {
         self.reads.run(move || read(&l2)).await
     }
 
-    fn row(&self, id: SliceId) -> Option<SliceRow> {
-        let found = self.intact(self.shared.index.slice(id))??;
+    /// The same of a slice's row, unless it is known that there is none. `kept` is
+    /// for [`Places::insert_nowhere`].
+    async fn read_row<T: Send + 'static>(
+        &self,
+        id: SliceId,
+        kept: u32,
+        read: impl FnOnce(&Store, SliceRow) -> Option<T> + Send + 'static,
+    ) -> Option<T> {
+        if self.shared.places().is_nowhere(&id) {
+            return None;
+        }
+        self.read(move |l2| read(l2, l2.row(id, kept)?)).await
+    }
+
+    fn row(&self, id: SliceId, kept: u32) -> Option<SliceRow> {
+        let Some(found) = self.intact(self.shared.index.slice(id))? else {
+            self.shared.places().insert_nowhere(id, kept);
+            return None;
+        };
         match &found.row {
             SliceRow::InRegion(place, _) if !self.shared.regions.is_live(place) => return None,
             SliceRow::Inline(_) if found.is_old => drop(self.queue(Job::RenewSlice(id))),
@@ -475,7 +458,7 @@ impl Store {
             }
             Err(ReadError::Damaged) => {
                 self.shared.damaged.fetch_add(1, Ordering::Relaxed);
-                self.places().remove(id);
+                self.shared.places().remove(&id);
                 self.queue(Job::Forget(id, *place));
                 None
             }
@@ -540,6 +523,10 @@ impl Store {
 impl Shared {
     pub(super) fn pending(&self) -> std::sync::MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn places(&self) -> std::sync::MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The manifest with this number is in the index, or was dropped.

@@ -169,6 +169,23 @@ async fn gives_back_what_was_kept_now_and_after_a_restart() {
 }
 
 #[tokio::test]
+async fn what_was_looked_for_in_vain_is_found_once_it_is_kept() {
+    const LEN: usize = 100_000;
+    let dir = tempfile::tempdir().unwrap();
+    let l2 = open(dir.path(), 1 << 30);
+    for n in 0..2 {
+        assert!(!has(&l2, n, LEN).await);
+        assert!(l2.shared.places().is_nowhere(&id(n)));
+    }
+    l2.keep_slice(id(0), slice(0, LEN).into());
+    assert!(has(&l2, 0, LEN).await, "while it is on its way");
+    l2.settled().await;
+    assert!(has(&l2, 0, LEN).await && !has(&l2, 1, LEN).await);
+    keep(&l2, 1, LEN).await;
+    assert!(l2.holds(id(1)).await && l2.slice_range(id(1), 5, 9).await.is_some());
+}
+
+#[tokio::test]
 async fn a_manifest_is_there_at_once_and_can_be_replaced_and_forgotten() {
     let dir = tempfile::tempdir().unwrap();
     let l2 = open(dir.path(), 32 * MIB);

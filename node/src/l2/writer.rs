@@ -452,6 +452,7 @@ impl Writer {
             self.index
                 .repair(&self.shared.regions)
                 .map_err(Trouble::Index)?;
+            self.shared.places().keep_any();
         }
         Ok(())
     }
