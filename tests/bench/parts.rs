@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! parts floor ADDRESS OBJECTS      a Pingora server that writes bytes from memory and does nothing else
+//! parts nodes ADDRESS DIR          the same, but two slices of three come from two other processes by bare quinn
 //! parts pread FILE PIECE SECONDS   random aligned reads of PIECE bytes
 //! parts write FILE MIB             a sequential write with a checksum per 64 KiB
 //! parts quic KIND SECONDS          slices of 1 MiB between two QUIC endpoints: bare, apart or ours
 //! ```
 //!
-//! Built with the release profile, as the daemon is; each but `floor` prints
-//! one line of JSON. Not here: who is run when, and what it means (`main`).
+//! Built with the release profile, as the daemon is; each but `floor` and
+//! `nodes` prints one line of JSON. Not here: who is run when, and what it means (`main`).
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -19,10 +20,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream;
 use pingora_core::server::Server;
 use pingora_core::server::configuration::{Opt, ServerConf};
 use pingora_core::upstreams::peer::HttpPeer;
-use pingora_core::{Error, ErrorType};
+use pingora_core::{Error, ErrorType, OrErr};
 use pingora_http::ResponseHeader;
 use pingora_proxy::{ProxyHttp, Session, http_proxy_service};
 use pingora_slice_cluster::crc32c::crc32c;
@@ -50,7 +53,8 @@ fn main() -> Result<()> {
         .collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["floor", address, objects] => floor(address, objects.parse()?),
+        ["floor", address, objects] => floor(address, objects.parse()?, None),
+        ["nodes", address, dir] => floor(address, 0, Some(quic::Others::start(dir.as_ref())?)),
         ["pread", file, piece, seconds] => pread(file, piece.parse()?, seconds.parse()?),
         ["write", file, mib] => write(file, mib.parse()?),
         ["quic", kind, seconds] => quic::run(kind, Duration::from_secs_f64(seconds.parse()?)),
@@ -66,6 +70,7 @@ fn main() -> Result<()> {
 struct Floor {
     bytes: Bytes,
     objects: HashMap<String, Bytes>,
+    others: Option<quic::Others>,
 }
 
 #[async_trait]
@@ -110,20 +115,31 @@ impl ProxyHttp for Floor {
         session
             .write_response_header(Box::new(answer), false)
             .await?;
-        let mut at = range.start;
-        while at < range.end {
-            let end = ((at / MIB + 1) * MIB).min(range.end);
-            let piece = bytes.slice(at..end);
+        let end = range.end;
+        let slices = (range.start / MIB..end.div_ceil(MIB))
+            .map(|slice| (slice * MIB).max(range.start)..((slice + 1) * MIB).min(end));
+        if let Some(others) = &self.others {
+            let mut coming = stream::iter(slices)
+                .map(|range| others.slice(bytes, range))
+                .buffered(quic::AT_ONCE);
+            while let Some(slice) = coming.next().await {
+                let slice = slice.or_err(ErrorType::ReadError, "an owner")?;
+                session.write_response_body(Some(slice), false).await?;
+            }
+            session.write_response_body(None, true).await?;
+            return Ok(true);
+        }
+        for slice in slices {
+            let is_last = slice.end == end;
             session
-                .write_response_body(Some(piece), end == range.end)
+                .write_response_body(Some(bytes.slice(slice)), is_last)
                 .await?;
-            at = end;
         }
         Ok(true)
     }
 }
 
-fn floor(address: &str, objects: u32) -> Result<()> {
+fn floor(address: &str, objects: u32, others: Option<quic::Others>) -> Result<()> {
     const OBJECT_BYTES: usize = 1024;
     let conf = ServerConf {
         threads: 1,
@@ -139,6 +155,7 @@ fn floor(address: &str, objects: u32) -> Result<()> {
                 (name, vec![0x5a; OBJECT_BYTES].into())
             })
             .collect(),
+        others,
     };
     let mut service = http_proxy_service(&server.configuration, floor);
     service.add_tcp(address);

@@ -288,6 +288,23 @@ impl Home {
         )
         .await
     }
+
+    /// Three nodes of nothing but Pingora and quinn.
+    pub async fn bare_nodes(&self, parts: &Path) -> Result<Server> {
+        let ports = Ports::claim();
+        let (listen, dir) = (
+            ports.at(0).to_string(),
+            self.path(&format!("nodes-{}", ports.at(0).port())),
+        );
+        self.server(
+            "bare nodes",
+            ports,
+            SERVER_CORE,
+            path(parts),
+            &["nodes", &listen, path(&dir)],
+        )
+        .await
+    }
 }
 
 /// Temporary directories have names that are text.

@@ -1,10 +1,13 @@
 //! Slices of 1 MiB, and parts of 64 KiB, between two QUIC endpoints: with nothing
 //! but quinn, in this process and on one thread, or each in a process of its own as
-//! nodes are; and with our peers, in this process.
+//! nodes are; and with our peers, in this process. And the other two of three nodes
+//! that have nothing else.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Read, stdin};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,11 +27,12 @@ use pingora_slice_cluster::wire::{
 use pingora_slice_cluster::{Generation, NodeId, ObjectKey, PurgeIndex, SliceId};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::sync::OnceCell;
 
 use crate::{MIB, PAGE_BYTES, cpu, stat};
 
 /// Slices that are fetched at once.
-const AT_ONCE: usize = 4;
+pub const AT_ONCE: usize = 4;
 /// Connections that they are spread over, as the peers do it.
 const CONNECTIONS: usize = 4;
 /// Buffers of each socket, as the peers ask for them.
@@ -43,10 +47,7 @@ const SEND_WINDOW_BYTES: u64 = 8 * 1024 * 1024;
 /// See the module's text: `kind` is `bare`, `apart` or `ours`.
 pub fn run(kind: &str, time: Duration) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    ca::ca_init(dir.path())?;
-    for id in 1..=2 {
-        ca::ca_issue(dir.path(), id, &[])?;
-    }
+    issue(dir.path())?;
     one_worker()?.block_on(async {
         match kind {
             "bare" => {
@@ -75,6 +76,12 @@ pub fn run(kind: &str, time: Duration) -> Result<()> {
             other => bail!("{other}: bare, apart or ours"),
         }
     })
+}
+
+/// Certificates for two.
+fn issue(dir: &Path) -> Result<()> {
+    ca::ca_init(dir)?;
+    (1..=2).try_for_each(|id| ca::ca_issue(dir, id, &[]).map(drop))
 }
 
 fn one_worker() -> Result<tokio::runtime::Runtime> {
@@ -121,14 +128,55 @@ impl Drop for Owner {
     }
 }
 
+type ReadBare = Box<dyn Fn(usize) -> BoxFuture<'static, Result<Bytes>> + Send + Sync>;
+
+/// The two nodes beside one that clients ask: each of the three has every third slice.
+pub struct Others {
+    dir: PathBuf,
+    owners: [Owner; 2],
+    /// Connected by the first request, in the server's runtime.
+    read: OnceCell<[ReadBare; 2]>,
+}
+
+impl Others {
+    /// Starts them; `dir` is for certificates.
+    pub fn start(dir: &Path) -> Result<Others> {
+        fs::create_dir_all(dir)?;
+        issue(dir)?;
+        Ok(Others {
+            dir: dir.to_owned(),
+            owners: [Owner::start(dir)?, Owner::start(dir)?],
+            read: OnceCell::new(),
+        })
+    }
+
+    /// A range within a slice of an object: here it is cut out of `bytes`, an owner sends its own.
+    pub async fn slice(&self, bytes: &Bytes, range: Range<usize>) -> Result<Bytes> {
+        let connect = async || {
+            let [first, second] = &self.owners;
+            let first = bare_asker(&self.dir, first.address).await?;
+            let second = bare_asker(&self.dir, second.address).await?;
+            anyhow::Ok([Box::new(first) as ReadBare, Box::new(second)])
+        };
+        match range.start / MIB % 3 {
+            0 => Ok(bytes.slice(range)),
+            owner => {
+                let read = &self.read.get_or_try_init(connect).await?[owner - 1];
+                tokio::spawn(read(range.len())).await?
+            }
+        }
+    }
+}
+
 /// Half of the time slices, `AT_ONCE` at a time; then parts, one at a time.
-async fn measure<F>(
+async fn measure<F, T>(
     time: Duration,
     cpu: impl Fn() -> Duration + Send + 'static,
     read: impl Fn(usize) -> F + Send + 'static,
 ) -> Result<()>
 where
-    F: Future<Output = Result<()>> + Send + 'static,
+    F: Future<Output = Result<T>> + Send + 'static,
+    T: Send,
 {
     // In a task, so that all of it runs on the one worker.
     let line = tokio::spawn(async move {
@@ -271,7 +319,7 @@ fn bare_owner(dir: &Path) -> Result<quinn::Endpoint> {
 async fn bare_asker(
     dir: &Path,
     owner: SocketAddr,
-) -> Result<impl Fn(usize) -> BoxFuture<'static, Result<()>> + Send + 'static> {
+) -> Result<impl Fn(usize) -> BoxFuture<'static, Result<Bytes>> + Send + Sync + 'static> {
     let identity = Identity::read(dir)?;
     let mut client = rustls::ClientConfig::builder_with_provider(identity.provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -308,7 +356,7 @@ async fn answer_bare(connection: quinn::Connection, slice: Bytes) {
     }
 }
 
-async fn read_bare(connection: quinn::Connection, bytes: usize) -> Result<()> {
+async fn read_bare(connection: quinn::Connection, bytes: usize) -> Result<Bytes> {
     let (mut send, mut receive) = connection.open_bi().await?;
     send.write_all(&(bytes as u32).to_be_bytes()).await?;
     send.finish()?;
@@ -317,8 +365,7 @@ async fn read_bare(connection: quinn::Connection, bytes: usize) -> Result<()> {
         gathered.extend_from_slice(&chunk.bytes);
     }
     ensure!(gathered.len() == bytes, "{} bytes", gathered.len());
-    std::hint::black_box(&gathered);
-    Ok(())
+    Ok(gathered.into())
 }
 
 // --- our peers

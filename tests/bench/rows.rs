@@ -762,41 +762,63 @@ impl Bench<'_> {
             read(us, OBJECT).await?;
         }
         let floor = self.home.floor(self.parts).await?;
+        let bare_nodes = self.home.bare_nodes(self.parts).await?;
+        read(bare_nodes.address, OBJECT).await?;
         let seconds = (2.0 * self.settings.turn.as_secs_f64()).to_string();
         let crossed = |ours: &TestCluster| {
             let node = ours.node(1).metrics_address();
             async move { metric(node, "bytes_from_peers_total").await }
         };
         let [mut stated, mut crossing, mut apart, mut shares] = [const { Vec::new() }; 4];
+        let [mut beside_bare, mut bare_itself] = [const { Vec::new() }; 2];
         for _ in 0..self.settings.pairs {
             let cpu = || pids.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>();
             let (before, peers_before) = (cpu(), crossed(&ours).await?);
             read(us, OBJECT).await?;
             let a = (cpu() - before) * 1e6 / 1024.0;
             let share = (crossed(&ours).await? - peers_before) / GIB as f64;
-            let before = cpu_seconds(floor.pid());
-            read(floor.address, OBJECT).await?;
-            let one = (cpu_seconds(floor.pid()) - before) * 1e6 / 1024.0;
+            let cost = async |server: &Server| -> Result<f64> {
+                let before = cpu_seconds(server.pid());
+                read(server.address, OBJECT).await?;
+                Ok((cpu_seconds(server.pid()) - before) * 1e6 / 1024.0)
+            };
+            let (three, one) = (cost(&bare_nodes).await?, cost(&floor).await?);
             let quic = |kind| {
                 let line = floor_json(self.parts, SERVER_CORE, &["quic", kind, &seconds])?;
                 number(&line, "cpu_us_per_mib")
             };
             let bare = quic("bare")?;
             stated.push((a, one + OTHERS * bare));
+            beside_bare.push((a, three));
+            bare_itself.push((three, one + OTHERS * bare));
             crossing.push((a, one + share * bare));
             apart.push((a, one + share * quic("apart")?));
             shares.push((share, OTHERS));
         }
-        for (of, aim, pairs) in [
-            ("two thirds", aim, stated),
-            ("what crossed", Aim::None, crossing),
+        let us = format!("three nodes, warm {warm}, one client");
+        let no_others = "three nodes of Pingora and quinn alone";
+        for (work, against, aim, pairs) in [
+            (&*us, "floor + bare quinn for two thirds", aim, stated),
+            (
+                &*us,
+                "floor + bare quinn for what crossed",
+                Aim::None,
+                crossing,
+            ),
             // As nodes are.
-            ("the same, its ends two processes", Aim::None, apart),
+            (&*us, "the same, its ends two processes", Aim::None, apart),
+            (&*us, no_others, Aim::None, beside_bare),
+            (
+                no_others,
+                "floor + bare quinn for two thirds",
+                Aim::None,
+                bare_itself,
+            ),
         ] {
             report.add(Comparison {
                 row: "nodes",
-                work: format!("three nodes, warm {warm}, one client"),
-                against: format!("floor + bare quinn for {of}"),
+                work: work.into(),
+                against: against.into(),
                 unit: "CPU us/MiB",
                 aim,
                 pairs,
