@@ -3,7 +3,8 @@
 //! slices of other nodes.
 //!
 //! Slices do not change, and a place that no longer holds is known by its region's
-//! generation. That a slice is nowhere is forgotten when it is kept.
+//! generation. That a slice is nowhere is forgotten when it is kept, or when its row
+//! may have come back to the index.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use pingora_slice_cluster::SliceId;
 
 use super::region::Place;
 
-/// Memory at most: 5,000 slices of 1 MiB.
+/// Memory at most: 5,000 slices of 1 MiB, if none is remembered that is not there.
 const BYTES_MAX: usize = 2 << 20;
 /// What one slice takes besides its sums.
 const ITEM_BYTES: usize = 160;
@@ -87,8 +88,7 @@ impl Places {
     /// Any slice may be in the index now.
     pub(super) fn keep_any(&mut self) {
         self.kept = self.kept.map(|kept| kept.wrapping_add(1));
-        self.known.retain(|_, known| matches!(known, Known::At(..)));
-        self.bytes = self.known.values().map(Known::bytes).sum();
+        self.forget_nowhere();
     }
 
     /// Nothing is known of a slice any more.
@@ -98,10 +98,19 @@ impl Places {
         }
     }
 
+    fn forget_nowhere(&mut self) {
+        self.known.retain(|_, known| matches!(known, Known::At(..)));
+        self.bytes = self.known.values().map(Known::bytes).sum();
+    }
+
+    /// When there is no room those go that are nowhere, and all if that is not enough.
     fn put(&mut self, id: SliceId, known: Known) {
         self.remove(&id);
         if self.bytes + known.bytes() > BYTES_MAX {
-            (self.known, self.bytes) = Default::default();
+            self.forget_nowhere();
+            if self.bytes > BYTES_MAX / 2 {
+                (self.known, self.bytes) = Default::default();
+            }
         }
         self.bytes += known.bytes();
         self.known.insert(id, known);
@@ -109,7 +118,8 @@ impl Places {
 }
 
 fn group(id: &SliceId) -> usize {
-    id.index as usize % GROUPS
+    // A generation is a keyed hash.
+    (id.generation.0 as usize).wrapping_add(id.index as usize) % GROUPS
 }
 
 #[cfg(test)]
@@ -164,5 +174,17 @@ mod tests {
             assert!(places.bytes <= BYTES_MAX && places.is_nowhere(&id(index)));
         }
         assert_eq!(places.bytes, places.known.len() * ITEM_BYTES);
+        // Places outlive them.
+        let place = Place {
+            region: 0,
+            generation: 1,
+            offset: 0,
+            len: 65_536,
+        };
+        places.insert(id(0), place, [7; 4].into());
+        for index in 1..100_000 {
+            places.insert_nowhere(id(index), 0);
+        }
+        assert!(places.get(&id(0)).is_some());
     }
 }

@@ -216,7 +216,12 @@ impl Writer {
             }
             _ if !may_write => Ok(()),
             Job::Forget(id, place) => self.forget(id, place),
-            Job::RenewSlice(id) => self.index.renew_slice(id).map_err(Trouble::from),
+            Job::RenewSlice(id) => {
+                let renewed = self.index.renew_slice(id).map_err(Trouble::from);
+                // Its row may have been away for a moment.
+                self.shared.places().keep(&id);
+                renewed
+            }
             Job::RenewManifest(key) => self.index.renew_manifest(key).map_err(Trouble::from),
             Job::Stop(_) => Ok(()),
         };
@@ -388,6 +393,8 @@ impl Writer {
             shared.pending().slices.insert(id, slice.clone());
             regions.write_over(region, end as u32);
             let appended = self.append(id, &slice);
+            // Its row may have been away for a moment.
+            shared.places().keep(&id);
             shared.pending().slices.remove(&id);
             appended?;
             shared.rewritten.fetch_add(1, Ordering::Relaxed);
@@ -449,10 +456,9 @@ impl Writer {
 
     fn repair_index(&mut self) -> Result<(), Trouble> {
         if self.is_index_broken {
-            self.index
-                .repair(&self.shared.regions)
-                .map_err(Trouble::Index)?;
+            let repaired = self.index.repair(&self.shared.regions);
             self.shared.places().keep_any();
+            repaired.map_err(Trouble::Index)?;
         }
         Ok(())
     }
