@@ -16,7 +16,7 @@ use futures::FutureExt;
 use pingora_slice_cluster::slice::{Touched, touched};
 use pingora_slice_cluster::wire::Resolution;
 
-use crate::budget::Permit;
+use crate::budget::{Permit, TRANSFER_BYTES};
 use crate::engine::{Engine, Found, Request};
 use crate::flight::{FillError, Form, LARGE_BYTES, SliceReader, Source};
 use crate::metrics::Metrics;
@@ -217,7 +217,7 @@ impl<'a> Pieces<'a> {
         if run.remaining() >= LARGE_BYTES {
             return Some(Ok(run));
         }
-        if let Some(permit) = self.engine.budget().ahead(LARGE_BYTES as u64) {
+        if let Some(mut permit) = self.engine.budget().ahead(LARGE_BYTES as u64) {
             while run.remaining() < LARGE_BYTES {
                 let next = self.step(metrics).now_or_never();
                 match next {
@@ -232,6 +232,7 @@ impl<'a> Pieces<'a> {
                 }
             }
             if run.pieces.len() > 1 {
+                permit.shrink(run.remaining() as u64 + TRANSFER_BYTES);
                 self.in_hand.push(permit);
             }
         }
