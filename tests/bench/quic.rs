@@ -43,6 +43,8 @@ const PAYLOAD_BYTES: u16 = 6500;
 const STREAM_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 64 * 1024 * 1024;
 const SEND_WINDOW_BYTES: u64 = 8 * 1024 * 1024;
+/// Connections outlive the turns of others, as the peers' do.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
 /// See the module's text: `kind` is `bare`, `apart` or `ours`.
 pub fn run(kind: &str, time: Duration) -> Result<()> {
@@ -130,7 +132,8 @@ impl Drop for Owner {
 
 type ReadBare = Box<dyn Fn(usize) -> BoxFuture<'static, Result<Bytes>> + Send + Sync>;
 
-/// The two nodes beside one that clients ask: each of the three has every third slice.
+/// The two nodes beside one that clients ask: each of the three has every third slice,
+/// these two the same bytes in each.
 pub struct Others {
     dir: PathBuf,
     owners: [Owner; 2],
@@ -150,7 +153,7 @@ impl Others {
         })
     }
 
-    /// A range within a slice of an object: here it is cut out of `bytes`, an owner sends its own.
+    /// A range within a slice of an object: here it is cut out of `bytes`, or an owner sends as much.
     pub async fn slice(&self, bytes: &Bytes, range: Range<usize>) -> Result<Bytes> {
         let connect = async || {
             let [first, second] = &self.owners;
@@ -284,7 +287,8 @@ fn transport() -> Arc<quinn::TransportConfig> {
         .mtu_discovery_config(Some(discovery))
         .stream_receive_window(STREAM_WINDOW_BYTES.into())
         .receive_window(CONNECTION_WINDOW_BYTES.into())
-        .send_window(SEND_WINDOW_BYTES);
+        .send_window(SEND_WINDOW_BYTES)
+        .keep_alive_interval(Some(KEEP_ALIVE));
     Arc::new(transport)
 }
 

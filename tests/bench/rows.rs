@@ -796,7 +796,8 @@ impl Bench<'_> {
             shares.push((share, OTHERS));
         }
         let us = format!("three nodes, warm {warm}, one client");
-        let no_others = "three nodes of Pingora and quinn alone";
+        let no_others =
+            &*format!("three nodes of Pingora and quinn alone, beside those warm {warm}");
         for (work, against, aim, pairs) in [
             (&*us, "floor + bare quinn for two thirds", aim, stated),
             (
@@ -806,7 +807,12 @@ impl Bench<'_> {
                 crossing,
             ),
             // As nodes are.
-            (&*us, "the same, its ends two processes", Aim::None, apart),
+            (
+                &*us,
+                "floor + bare quinn for what crossed, its ends two processes",
+                Aim::None,
+                apart,
+            ),
             (&*us, no_others, Aim::None, beside_bare),
             (
                 no_others,
