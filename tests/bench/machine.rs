@@ -123,12 +123,15 @@ pub fn build_floors() -> Result<PathBuf> {
         .context("cargo has not said where they are")
 }
 
-/// Touches as much new memory as a turn may take, and frees it. What a machine's
-/// host has taken back meanwhile comes back here, ten times as slowly as other
-/// memory, and not in the turn of whoever happens to meet it.
-pub fn touch_memory() {
+/// Readies disk and memory for a turn that takes much of them. What earlier turns
+/// wrote goes to disk first, and not beside this one. Then as much new memory is
+/// touched as a turn may take, and freed: what a machine's host has taken back
+/// meanwhile comes back here, ten times as slowly as other memory, and not in the
+/// turn of whoever happens to meet it.
+pub fn settle() {
     const BLOCK_BYTES: usize = 1 << 20;
     const BLOCKS: usize = 3 * 1024;
+    rustix::fs::sync();
     let touched: Vec<Vec<u8>> = (0..BLOCKS).map(|_| vec![1; BLOCK_BYTES]).collect();
     std::hint::black_box(&touched);
 }

@@ -13,8 +13,8 @@ use tokio::net::TcpStream;
 use crate::Settings;
 use crate::load::{Pattern, delaying_relay, read, wrk};
 use crate::machine::{
-    self, CLIENT_CORE, SERVER_CORE, cpu_seconds, floor_json, pin, resident_bytes,
-    thread_cpu_seconds, touch_memory,
+    self, CLIENT_CORE, SERVER_CORE, cpu_seconds, floor_json, pin, resident_bytes, settle,
+    thread_cpu_seconds,
 };
 use crate::peers::{Home, Server};
 use crate::purges;
@@ -463,7 +463,7 @@ impl Bench<'_> {
                     ])
                     .await?;
                 let us = Side::ours(&ours);
-                touch_memory();
+                settle();
                 let before = cpu_seconds(us.pid);
                 let time = read(us.address, BIG).await?.1.as_secs_f64();
                 if l2 == "true" {
@@ -474,7 +474,7 @@ impl Bench<'_> {
                 }
                 both.push(((cpu_seconds(us.pid) - before) * 1e6 / SLICES, time));
             }
-            touch_memory();
+            settle();
             let arguments = ["write", crate::peers::path(&file), "1024"];
             let plain = number(
                 &floor_json(self.parts, SERVER_CORE, &arguments)?,
@@ -758,7 +758,7 @@ impl Bench<'_> {
         }
         let us = ours.node(1).address();
         for _ in 0..4 {
-            touch_memory();
+            settle();
             read(us, OBJECT).await?;
         }
         let floor = self.home.floor(self.parts).await?;
@@ -989,7 +989,7 @@ pub fn number(line: &Value, name: &str) -> Result<f64> {
 
 /// Seconds, CPU per MiB (microseconds), and bytes of the first read of 1 GiB.
 async fn cold_read(side: Side<'_>) -> Result<([f64; 2], u64)> {
-    touch_memory();
+    settle();
     let before = cpu_seconds(side.pid);
     let (length, time) = read(side.address, BIG).await?;
     let cpu = (cpu_seconds(side.pid) - before) * 1e6 / (length as f64 / MIB);
@@ -1029,7 +1029,7 @@ async fn read_onto_disk(ours: &TestCluster, target: &str, slices: f64) -> Result
     const TRIES: usize = 5;
     const WRITTEN_WITHIN: Duration = Duration::from_secs(10);
     for _ in 0..TRIES {
-        touch_memory();
+        settle();
         read(ours.node(1).address(), target).await?;
         let begin = Instant::now();
         while begin.elapsed() < WRITTEN_WITHIN {
