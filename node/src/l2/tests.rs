@@ -237,7 +237,6 @@ async fn churn_keeps_what_is_asked_for_within_the_bound() {
     l2.stop().await;
 }
 
-/// Manifests and small slices alone may be more than the bound, too.
 /// While the entries of a region are moved to its front, each is read where it lies.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_kept_of_a_region_is_there_while_it_is_moved() {
@@ -306,6 +305,7 @@ async fn a_large_slice_finds_room_beside_what_stays() {
     l2.stop().await;
 }
 
+/// Manifests and small slices alone may be more than the bound, too.
 #[tokio::test]
 async fn small_things_leave_in_order_within_the_bound() {
     let (dir, bytes_max) = (tempfile::tempdir().unwrap(), 32 * MIB);
