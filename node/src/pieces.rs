@@ -24,9 +24,6 @@ use crate::metrics::Metrics;
 /// Failed shared flights tolerated per slice, or damaged ones: a fill, the fetch
 /// that followed it and is about to fail with it, and one more.
 const JOINS_MAX: usize = 3;
-/// Bytes after which a run is given, however many more are there. A write is one
-/// wake of the client and, when the socket is full, one of ours.
-const RUN_BYTES: usize = 2 * LARGE_BYTES;
 
 /// A piece of a body.
 #[derive(Debug)]
@@ -206,7 +203,7 @@ impl<'a> Pieces<'a> {
     }
 
     /// As [`Pieces::next`], and the pieces after it that are there already, as
-    /// far as there is memory for them: about [`RUN_BYTES`] in one write.
+    /// far as there is memory for them: about [`LARGE_BYTES`] in one write.
     pub(crate) async fn next_run(&mut self, metrics: &Metrics) -> Option<Result<Run, FillError>> {
         self.in_hand.clear();
         if let Some(end) = self.end.take() {
@@ -217,13 +214,11 @@ impl<'a> Pieces<'a> {
             Ok(piece) => run.push(piece),
             Err(error) => return Some(Err(error)),
         }
-        if run.remaining() >= RUN_BYTES {
+        if run.remaining() >= LARGE_BYTES {
             return Some(Ok(run));
         }
-        // The last piece may go beyond it.
-        let most = (RUN_BYTES + LARGE_BYTES) as u64;
-        if let Some(mut permit) = self.engine.budget().ahead(most) {
-            while run.remaining() < RUN_BYTES {
+        if let Some(mut permit) = self.engine.budget().ahead(LARGE_BYTES as u64) {
+            while run.remaining() < LARGE_BYTES {
                 let next = self.step(metrics).now_or_never();
                 match next {
                     Some(Some(Ok(piece))) => run.push(piece),
