@@ -5,7 +5,7 @@
 //! and again has quick sums beside it: each is taken of bytes that the CRC then finds
 //! intact, so that no damage falls between the two.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
@@ -41,10 +41,28 @@ pub(crate) fn pages(mut bytes: Bytes) -> impl Iterator<Item = Part> {
 #[derive(Clone, Debug)]
 pub struct Slice {
     bytes: Bytes,
-    /// The sums while they grow: at the end of each step, that of its page up
-    /// to there. So a part of a page is checked without reading all of it.
-    growing: Arc<[u32]>,
+    growing: Growing,
     quick: Option<QuickSums>,
+}
+
+/// The sums while they grow: at the end of each step, that of its page up
+/// to there. So a part of a page is checked without reading all of it.
+#[derive(Clone, Debug, PartialEq)]
+enum Growing {
+    /// Of one step: a small object's lies beside the rest of its slice.
+    One(u32),
+    Steps(Arc<[u32]>),
+}
+
+impl Deref for Growing {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        match self {
+            Growing::One(sum) => std::slice::from_ref(sum),
+            Growing::Steps(sums) => sums,
+        }
+    }
 }
 
 impl Slice {
@@ -175,7 +193,7 @@ impl Slice {
 #[derive(Clone, Debug)]
 pub struct SliceParts {
     parts: Arc<[Bytes]>,
-    growing: Arc<[u32]>,
+    growing: Growing,
 }
 
 impl SliceParts {
@@ -336,11 +354,14 @@ impl Sums {
         }
     }
 
-    fn growing(mut self) -> Arc<[u32]> {
+    fn growing(mut self) -> Growing {
         if !self.len.is_multiple_of(STEP_BYTES) {
             self.growing.push(self.sum);
         }
-        self.growing.into()
+        match self.growing[..] {
+            [sum] => Growing::One(sum),
+            _ => Growing::Steps(self.growing.into()),
+        }
     }
 }
 
