@@ -161,7 +161,7 @@ impl<'a> Pieces<'a> {
     }
 
     /// Lets go of all that is open, for as long as the client takes nothing:
-    /// only the piece that it has been given stays. A body that the origin gives
+    /// only the run that it has been given stays. A body that the origin gives
     /// once keeps its flights, and one that is given only whole does while
     /// there is memory: both cost more to have again than to hold.
     pub(crate) fn let_go(&mut self, metrics: &Metrics) {

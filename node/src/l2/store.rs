@@ -506,7 +506,7 @@ impl Store {
         before + bytes <= QUEUE_BYTES_MAX
     }
 
-    fn queue(&self, job: Job) -> bool {
+    pub(super) fn queue(&self, job: Job) -> bool {
         match self.jobs.try_send(job) {
             Ok(()) => true,
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => false,

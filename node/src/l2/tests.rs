@@ -17,6 +17,7 @@ use super::row::{INLINE_BYTES_MAX, SliceRow};
 use super::store::{
     L2_BYTES_MIN, Layout, REGION_SLACK_BYTES, REGIONS_MIN, SLACK_BYTES, Store, cut,
 };
+use super::writer::Job;
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -281,6 +282,22 @@ async fn what_is_kept_of_a_region_is_there_while_it_is_moved() {
         });
         assert!(!(is_there && l2.shared.places().is_nowhere(&id(n))), "{n}");
     }
+    l2.stop().await;
+}
+
+/// A look-up that missed its row, while that was moved to the newest epoch, says that
+/// it is nowhere.
+#[tokio::test]
+async fn a_small_slice_is_found_once_its_row_has_been_moved() {
+    let dir = tempfile::tempdir().unwrap();
+    let l2 = open(dir.path(), 64 * MIB);
+    keep(&l2, 1, 1000).await;
+    let kept = l2.shared.places().kept(&id(1));
+    l2.shared.places().insert_nowhere(id(1), kept);
+    assert!(!has(&l2, 1, 1000).await);
+    assert!(l2.queue(Job::RenewSlice(id(1))));
+    l2.settled().await;
+    assert!(has(&l2, 1, 1000).await);
     l2.stop().await;
 }
 
