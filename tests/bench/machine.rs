@@ -190,7 +190,7 @@ pub async fn until_listening(address: SocketAddr) -> Result<()> {
             started.elapsed() < STARTED_WITHIN,
             "{address} does not listen"
         );
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
     Ok(())
 }

@@ -374,7 +374,7 @@ async fn read_bare(connection: quinn::Connection, bytes: usize) -> Result<Bytes>
 
 // --- our peers
 
-/// Gives everybody the same slice from memory.
+/// Gives everybody the same slice from memory: the transport's part of an owner.
 struct Memory(Vec<Part>);
 
 #[async_trait]
@@ -402,8 +402,10 @@ impl PeerHandler for Memory {
 }
 
 fn ours(dir: &Path) -> Result<(Peers, Peers)> {
-    let part = Part::new(Bytes::from(vec![0x5a; PAGE_BYTES]));
-    let memory = Arc::new(Memory(vec![part; MIB / PAGE_BYTES]));
+    let slice = Bytes::from(vec![0x5a; MIB]);
+    let pages = (0..MIB).step_by(PAGE_BYTES);
+    let parts = pages.map(|at| Part::new(slice.slice(at..at + PAGE_BYTES)));
+    let memory = Arc::new(Memory(parts.collect()));
     let bind = |id| -> Result<(Peers, SocketAddr)> {
         let address = free_pair()?;
         let peers = Peers::bind(address, NodeId(id), &tls(dir, id), memory.clone())?;

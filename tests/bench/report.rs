@@ -91,6 +91,16 @@ impl Report {
         self.comparisons.push(comparison);
     }
 
+    /// How much has been added so far, for [`Report::take_back`].
+    pub fn so_far(&self) -> usize {
+        self.comparisons.len()
+    }
+
+    /// Takes back what was added since: something was wrong with it.
+    pub fn take_back(&mut self, so_far: usize) {
+        self.comparisons.truncate(so_far);
+    }
+
     /// Says that something was not measured, and why: no figure is invented.
     pub fn not_measured(&mut self, work: &str, why: impl std::fmt::Display) {
         eprintln!("{work}: not measured: {why}");
