@@ -91,14 +91,15 @@ impl Report {
         self.comparisons.push(comparison);
     }
 
-    /// How much has been added so far, for [`Report::take_back`].
+    /// How much has been added so far, for [`Report::refuse`].
     pub fn so_far(&self) -> usize {
         self.comparisons.len()
     }
 
     /// Takes back what was added since: something was wrong with it.
-    pub fn take_back(&mut self, so_far: usize) {
+    pub fn refuse(&mut self, so_far: usize, work: &str, error: &anyhow::Error) {
         self.comparisons.truncate(so_far);
+        self.not_measured(work, format!("{error:#}").replace('\n', " "));
     }
 
     /// Says that something was not measured, and why: no figure is invented.

@@ -142,8 +142,7 @@ pub async fn measure(settings: &Settings, parts: &Path, report: &mut Report) -> 
             if settings.wants($name) {
                 let so_far = report.so_far();
                 if let Err(error) = $measured.await {
-                    report.take_back(so_far);
-                    report.not_measured($work, format!("{error:#}").replace('\n', " "));
+                    report.refuse(so_far, $work, &error);
                 }
             }
         };
@@ -154,8 +153,7 @@ pub async fn measure(settings: &Settings, parts: &Path, report: &mut Report) -> 
         .any(|row| settings.wants(row))
         && let Err(error) = bench.hits(report).await
     {
-        report.take_back(so_far);
-        report.not_measured("hits", format!("{error:#}").replace('\n', " "));
+        report.refuse(so_far, "hits", &error);
     }
     row!(
         "l2-write",
@@ -776,14 +774,7 @@ impl Bench<'_> {
             let node = ours.node(1).metrics_address();
             async move { metric(node, "bytes_from_peers_total").await }
         };
-        let from_origin = async |ours: &TestCluster| {
-            let mut fetches = 0.0;
-            for node in ours.nodes() {
-                fetches += node.metric("origin_fetches_total").await;
-            }
-            fetches
-        };
-        let fetched = from_origin(&ours).await;
+        let fetched = ours.metric_sum("origin_fetches_total").await;
         let [mut stated, mut crossing, mut apart, mut shares] = [const { Vec::new() }; 4];
         let [mut beside_bare, mut bare_itself] = [const { Vec::new() }; 2];
         for _ in 0..self.settings.pairs {
@@ -810,7 +801,7 @@ impl Bench<'_> {
             apart.push((a, one + share * quic("apart")?));
             shares.push((share, OTHERS));
         }
-        let fetched = from_origin(&ours).await - fetched;
+        let fetched = ours.metric_sum("origin_fetches_total").await - fetched;
         ensure!(fetched == 0.0, "{fetched} slices came from the origin");
         // The ring gives each node about a third.
         let is_as_stated = |(share, _): &(f64, f64)| (share - OTHERS).abs() < 0.1;
