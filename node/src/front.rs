@@ -10,6 +10,7 @@ mod account;
 mod ask;
 mod direct;
 mod fields;
+mod wire;
 
 use ask::{Disposition, framing_fault, has_body, joined_cookies, max_forwards};
 pub(crate) use direct::{Directly, Known};

@@ -20,9 +20,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::header::{
-    ACCEPT_RANGES, AGE, CONTENT_LENGTH, CONTENT_RANGE, DATE, HeaderMap, TRANSFER_ENCODING,
-};
+use http::header::{DATE, HeaderMap};
 use http::{Method, StatusCode};
 use httpdate::fmt_http_date;
 use pingora_core::protocols::Stream;
@@ -32,22 +30,19 @@ use pingora_slice_cluster::slice::touched;
 use pingora_slice_cluster::wire::Resolution;
 use tokio::io::AsyncWriteExt;
 
+use super::wire::{on_the_wire, stored_on_the_wire};
 use super::{Disposition, Front, patiently, until_total};
 use crate::engine::{Found, Request, Resolved};
 use crate::flight::{FillError, Form, Source};
 use crate::head;
-use crate::origin::DIGESTS;
 use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces, count_slice};
 use crate::plan::{self, Plan};
 use crate::slice::PAGE_BYTES;
-use crate::stream::DATE_BYTES;
 
 /// Bodies up to this size are served in place; if the client stalls, the rest is
 /// copied, as part of the connection's own share.
 const SMALL_BYTES: u64 = PAGE_BYTES as u64;
-/// Room for a usual head.
-const HEAD_BYTES: usize = 1024;
 
 /// How a plain request was answered.
 pub(crate) enum Directly {
@@ -417,52 +412,4 @@ async fn write_at_least(
     }
     stream.flush().await?;
     Ok(end - bytes.remaining())
-}
-
-/// A head as HTTP/1.1 writes it (RFC 9112 section 2.1), its first fields written
-/// already ([`stored_on_the_wire`]). `None` without a Date, which is Pingora's to
-/// add (`stream`).
-fn on_the_wire(head: &ResponseHeader, stored: &[u8], is_last: bool) -> Option<Bytes> {
-    if stored.is_empty() && head.headers.get(DATE)?.len() != DATE_BYTES {
-        return None;
-    }
-    let mut wire = BytesMut::with_capacity(HEAD_BYTES + stored.len());
-    wire.put_slice(b"HTTP/1.1 ");
-    wire.put_slice(head.status.as_str().as_bytes());
-    wire.put_u8(b' ');
-    wire.put_slice(head.get_reason_phrase().unwrap_or_default().as_bytes());
-    wire.put_slice(b"\r\n");
-    wire.put_slice(stored);
-    head.header_to_h1_wire(&mut wire);
-    wire.put_slice(match is_last {
-        true => b"Connection: close\r\n\r\n",
-        false => b"Connection: keep-alive\r\n\r\n",
-    });
-    Some(wire.freeze())
-}
-
-/// The fields of an object that answers of its bytes (200 and 206) carry as they
-/// are: without those that [`Front::complete`] sets. `None` where it may remove
-/// others, or the object has no Date.
-fn stored_on_the_wire(mut fields: HeaderMap) -> Option<Bytes> {
-    let has_date = fields
-        .get(DATE)
-        .is_some_and(|date| date.len() == DATE_BYTES);
-    let has_digest = DIGESTS.iter().any(|name| fields.contains_key(*name));
-    if !has_date
-        || has_digest
-        || fields.contains_key(CONTENT_RANGE)
-        || fields.contains_key(TRANSFER_ENCODING)
-    {
-        return None;
-    }
-    for name in [ACCEPT_RANGES, AGE, CONTENT_LENGTH] {
-        fields.remove(name);
-    }
-    fields.remove("x-cache");
-    let (mut parts, ()) = http::Response::new(()).into_parts();
-    parts.headers = fields;
-    let mut wire = BytesMut::new();
-    ResponseHeader::from(parts).header_to_h1_wire(&mut wire);
-    Some(wire.freeze())
 }
