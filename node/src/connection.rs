@@ -170,8 +170,9 @@ impl Clients {
                 if let Some(head) = plain
                     && !*shutdown.borrow()
                 {
-                    match self.front.answer_directly(&head, stream.direct()).await {
-                        Ok(Directly::Answered) if head::is_last(&head) => {
+                    let is_last = head.is_last;
+                    match self.front.answer_directly(head, stream.direct()).await {
+                        Ok(Directly::Answered) if is_last => {
                             let end = stream.direct().as_mut().shutdown();
                             let _ = tokio::time::timeout(self.timeouts.write, end).await;
                             return;

@@ -29,6 +29,7 @@ use httpdate::parse_http_date;
 use pingora_slice_cluster::wire::HEAD_BYTES_MAX;
 
 use crate::config::{Caching, DefaultFreshness, Honoured, SetCookie};
+use crate::head::Fields;
 use crate::manifest::Freshness;
 
 /// Longest freshness of an error that states none, seconds.
@@ -60,10 +61,10 @@ pub struct Directives(Vec<(String, Option<String>)>);
 
 impl Directives {
     /// Reads all lines of `name`; what cannot be read is skipped.
-    pub fn read(headers: &HeaderMap, name: impl http::header::AsHeaderName) -> Directives {
+    pub fn read(headers: &impl Fields, name: &HeaderName) -> Directives {
         let mut list = Vec::new();
-        for line in headers.get_all(name) {
-            directives(&String::from_utf8_lossy(line.as_bytes()), &mut list);
+        for line in headers.lines(name) {
+            directives(&String::from_utf8_lossy(line), &mut list);
         }
         Directives(list)
     }
@@ -184,17 +185,17 @@ pub struct Demands {
 
 impl Demands {
     /// Reads a request's head, as far as the site honours what it says.
-    pub fn of(request: &HeaderMap, honoured: &Honoured) -> Demands {
-        let authorized = request.contains_key(AUTHORIZATION);
-        if !request.contains_key(CACHE_CONTROL) {
-            let pragma = Directives::read(request, PRAGMA).has("no-cache");
+    pub fn of(request: &impl Fields, honoured: &Honoured) -> Demands {
+        let authorized = request.has(&AUTHORIZATION);
+        if !request.has(&CACHE_CONTROL) {
+            let pragma = Directives::read(request, &PRAGMA).has("no-cache");
             return Demands {
                 no_cache: pragma && honoured.no_cache,
                 authorized,
                 ..Demands::default()
             };
         }
-        let cc = Directives::read(request, CACHE_CONTROL);
+        let cc = Directives::read(request, &CACHE_CONTROL);
         let max_stale =
             cc.0.iter()
                 .find(|(n, _)| n == "max-stale")
@@ -347,7 +348,7 @@ pub fn store(
     asked_ms: u64,
     received_ms: u64,
 ) -> Result<Freshness, NotStored> {
-    let cc = Directives::read(response, CACHE_CONTROL);
+    let cc = Directives::read(response, &CACHE_CONTROL);
     let targeted = targeted(policy, response);
     let rules = targeted.as_ref().unwrap_or(&cc);
 
@@ -422,7 +423,7 @@ pub fn store(
         no_cache: rules.is_bare("no-cache")
             || (!response.contains_key(CACHE_CONTROL)
                 && targeted.is_none()
-                && Directives::read(response, PRAGMA).has("no-cache")),
+                && Directives::read(response, &PRAGMA).has("no-cache")),
         must_revalidate: rules.has("must-revalidate")
             || rules.has("proxy-revalidate")
             || rules.has("s-maxage"),
@@ -463,7 +464,7 @@ fn names(rules: &Directives, field: &HeaderName) -> bool {
 /// 5.2.2.7). Those of `no-cache` could be had by validation; they are left out
 /// of what is stored, as the same section allows.
 pub fn withheld(policy: &Policy, response: &HeaderMap) -> Vec<HeaderName> {
-    let cc = Directives::read(response, CACHE_CONTROL);
+    let cc = Directives::read(response, &CACHE_CONTROL);
     let targeted = targeted(policy, response);
     let rules = targeted.as_ref().unwrap_or(&cc);
     let list = ["private", "no-cache"]

@@ -3,8 +3,8 @@
 //!
 //! GET and HEAD are answered from the engine; everything else, and whatever
 //! may not be shared, is proxied by Pingora untouched. `direct` is the short way of
-//! plain requests, without a `Session`. For both: `ask` reads the request, `fields`
-//! makes the answer's head, `account` counts.
+//! plain requests, without a `Session`, and `wire` writes its heads. For both: `ask`
+//! reads the request, `fields` makes the answer's head, `account` counts.
 
 mod account;
 mod ask;
@@ -127,7 +127,9 @@ impl Front {
         let has_body = has_body(session);
         let head = session.req_header();
         let fields = Arc::new(head.headers.clone());
-        let mut request = match self.request(head, &fields, has_body) {
+        let is_get = head.method == Method::GET;
+        let url = url::of_request(head);
+        let mut request = match self.request(url, is_get, &fields, has_body) {
             Disposition::Cacheable(request) => request,
             Disposition::Pass(why) => {
                 ctx.passed = Some(why);
@@ -138,7 +140,6 @@ impl Front {
                 return Ok(true);
             }
         };
-        let is_get = head.method == Method::GET;
         let (mut resolved, mut gone) = (None, None);
         if let Some(known) = connection::known_of(request.key) {
             (resolved, gone) = (known.resolved, known.gone);
@@ -167,7 +168,7 @@ impl Front {
                     return Ok(true);
                 }
                 // It was asked for without what the client says, to be kept: the origin judges.
-                Resolved::Relay(relay) if relay.status == 200 && plan::has_conditions(&fields) => {
+                Resolved::Relay(relay) if relay.status == 200 && plan::has_conditions(&*fields) => {
                     self.engine.mark_uncacheable(&request);
                     ctx.passed = Some("uncacheable");
                     return Ok(false);
@@ -176,7 +177,7 @@ impl Front {
                     if relay.status == 200
                         && is_get
                         && !request.sliced
-                        && plan::wants_ranges(&fields) =>
+                        && plan::wants_ranges(&*fields) =>
                 {
                     self.engine.mark_uncacheable(&request);
                     ctx.passed = Some("uncacheable");
@@ -190,7 +191,7 @@ impl Front {
                     return Ok(true);
                 }
                 Resolved::Object(found) => {
-                    let plan = plan::plan(is_get, &fields, &found.object.manifest);
+                    let plan = plan::plan(is_get, &*fields, &found.object.manifest);
                     // The answer comes first: most are given at once.
                     let answered = match self.engine.answering(&found.object) {
                         None => None,
@@ -615,7 +616,7 @@ impl ProxyHttp for Front {
                     self.refuse(session, ctx, 400, "malformed").await?;
                     return Ok(true);
                 };
-                if self.has_passed_here(session.req_header()) {
+                if self.has_passed_here(&session.req_header().headers) {
                     self.refuse(session, ctx, 508, "loop").await?;
                     return Ok(true);
                 }

@@ -1,15 +1,20 @@
-//! Request heads that are read here, without Pingora: plain ones.
+//! Heads of requests: their fields, whoever read them, and those that are read here,
+//! without Pingora: plain ones.
 //!
 //! A plain head is a GET or HEAD of HTTP/1.1 with one Host and nothing that says
 //! something about the message or the connection: no body, no upgrade, nothing
 //! but `keep-alive` or `close` in Connection. Whatever else it is, a fault too, is for
-//! Pingora to read. Pure.
+//! Pingora to read. It stays the bytes that came: most hits look for a few fields, and
+//! a map of all of them would cost more than they do. Pure.
+
+use std::borrow::Cow;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderName, HeaderValue, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue,
+    TRANSFER_ENCODING, UPGRADE,
 };
-use http::{Method, Version};
-use pingora_http::RequestHeader;
+
+use crate::url::{self, Url};
 
 /// Fields of a plain head at most.
 const FIELDS_MAX: usize = 64;
@@ -18,6 +23,41 @@ const BYTES_MAX: usize = 16 * 1024;
 const CLOSE: &[u8] = b"close";
 /// What no plain head has.
 const NOT_PLAIN: [HeaderName; 4] = [CONTENT_LENGTH, TRANSFER_ENCODING, EXPECT, UPGRADE];
+/// What the target of a plain head may have beside letters and digits: the rest of
+/// RFC 3986's characters but the fragment's and the brackets. Others have several
+/// readings.
+const IN_TARGETS: &[u8] = b"-._~!$&'()*+,;=:@%/?";
+
+/// The fields of a request, whoever read them.
+pub trait Fields {
+    /// The values of all lines of a field, in their order.
+    fn lines<'a>(&'a self, name: &'a HeaderName) -> impl Iterator<Item = &'a [u8]>;
+
+    /// All of them.
+    fn to_map(&self) -> Cow<'_, HeaderMap>;
+
+    /// Whether there is such a field.
+    fn has(&self, name: &HeaderName) -> bool {
+        self.lines(name).next().is_some()
+    }
+}
+
+impl Fields for HeaderMap {
+    fn lines<'a>(&'a self, name: &'a HeaderName) -> impl Iterator<Item = &'a [u8]> {
+        self.get_all(name).iter().map(HeaderValue::as_bytes)
+    }
+
+    fn to_map(&self) -> Cow<'_, HeaderMap> {
+        Cow::Borrowed(self)
+    }
+}
+
+/// A field's value, if it is text: ASCII that can be seen, blanks and tabs.
+pub fn text(value: &[u8]) -> Option<&str> {
+    let is_text = |byte: &u8| matches!(byte, b'\t' | b' '..=b'~');
+    let value = value.iter().all(is_text).then_some(value)?;
+    std::str::from_utf8(value).ok()
+}
 
 /// A head that is all there.
 #[derive(Debug)]
@@ -25,7 +65,74 @@ pub(crate) struct Head {
     /// Its length; 0 where no end of it can be told.
     pub(crate) bytes: usize,
     /// What it says, if it is plain.
-    pub(crate) plain: Option<RequestHeader>,
+    pub(crate) plain: Option<Plain>,
+}
+
+/// A plain head.
+#[derive(Debug)]
+pub(crate) struct Plain {
+    /// GET, not HEAD.
+    pub(crate) is_get: bool,
+    /// It is the last one of its connection.
+    pub(crate) is_last: bool,
+    bytes: Box<[u8]>,
+    target: Span,
+    /// Names as they were written, and values.
+    fields: Vec<(Span, Span)>,
+}
+
+/// Where something lies in a head.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    start: u16,
+    end: u16,
+}
+
+impl Span {
+    /// Of a part of `bytes`.
+    fn of(part: &[u8], bytes: &[u8]) -> Span {
+        let start = part.as_ptr().addr() - bytes.as_ptr().addr();
+        Span {
+            start: start as u16,
+            end: (start + part.len()) as u16,
+        }
+    }
+}
+
+const _: () = assert!(BYTES_MAX <= u16::MAX as usize);
+
+impl Plain {
+    /// What it names. `None`: its Host is none.
+    pub(crate) fn url(&self) -> Option<Url> {
+        let host = text(self.lines(&HOST).next()?)?;
+        url::of_origin_form(host, text(self.at(self.target))?)
+    }
+
+    fn at(&self, span: Span) -> &[u8] {
+        &self.bytes[usize::from(span.start)..usize::from(span.end)]
+    }
+}
+
+impl Fields for Plain {
+    fn lines<'a>(&'a self, name: &'a HeaderName) -> impl Iterator<Item = &'a [u8]> {
+        let name = name.as_str().as_bytes();
+        let lines = self.fields.iter();
+        let lines = lines.filter(move |(n, _)| self.at(*n).eq_ignore_ascii_case(name));
+        lines.map(|(_, value)| self.at(*value))
+    }
+
+    fn to_map(&self) -> Cow<'_, HeaderMap> {
+        let mut map = HeaderMap::with_capacity(self.fields.len());
+        for (name, value) in &self.fields {
+            // Both were found to be what they must be.
+            if let Ok(name) = HeaderName::from_bytes(self.at(*name))
+                && let Ok(value) = HeaderValue::from_bytes(self.at(*value))
+            {
+                map.append(name, value);
+            }
+        }
+        Cow::Owned(map)
+    }
 }
 
 /// Reads the head that `ahead` begins with; `None`: the rest is still to come.
@@ -38,7 +145,7 @@ pub(crate) fn read(ahead: &[u8]) -> Option<Head> {
     match request.parse(ahead) {
         Ok(httparse::Status::Complete(bytes)) => Some(Head {
             bytes,
-            plain: plain(&request),
+            plain: plain(&request, &ahead[..bytes]),
         }),
         Ok(httparse::Status::Partial) if ahead.len() < BYTES_MAX => None,
         _ => Some(Head {
@@ -48,46 +155,60 @@ pub(crate) fn read(ahead: &[u8]) -> Option<Head> {
     }
 }
 
-fn plain(request: &httparse::Request) -> Option<RequestHeader> {
-    let method = match request.method? {
-        "GET" => Method::GET,
-        "HEAD" => Method::HEAD,
+fn plain(request: &httparse::Request, bytes: &[u8]) -> Option<Plain> {
+    let is_get = match request.method? {
+        "GET" => true,
+        "HEAD" => false,
         _ => return None,
     };
-    let path = request.path?;
-    if request.version? != 1 || !path.starts_with('/') {
+    let target = request.path?.as_bytes();
+    let is_simple = |byte: &u8| byte.is_ascii_alphanumeric() || IN_TARGETS.contains(byte);
+    if request.version? != 1
+        || bytes.len() > BYTES_MAX
+        || !target.starts_with(b"/")
+        || !target.iter().all(is_simple)
+    {
         return None;
     }
-    let fields = Some(request.headers.len());
-    let mut head = RequestHeader::build_no_case(method, path.as_bytes(), fields).ok()?;
-    head.set_version(Version::HTTP_11);
+    let (mut hosts, mut connections, mut is_last) = (0, 0, false);
     for field in request.headers.iter() {
-        let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
-        let value = HeaderValue::from_bytes(field.value).ok()?;
-        if NOT_PLAIN.contains(&name)
-            || name == CONNECTION && (head.headers.contains_key(CONNECTION) || !is_plain(&value))
-            || name == HOST && (head.headers.contains_key(HOST) || value.as_bytes().contains(&b'@'))
-        {
+        let is = |name: &HeaderName| field.name.eq_ignore_ascii_case(name.as_str());
+        if is(&HOST) {
+            hosts += 1;
+            if field.value.contains(&b'@') {
+                return None;
+            }
+        } else if is(&CONNECTION) {
+            connections += 1;
+            is_last = field.value.eq_ignore_ascii_case(CLOSE);
+            if !is_last && !field.value.eq_ignore_ascii_case(b"keep-alive") {
+                return None;
+            }
+        } else if NOT_PLAIN.iter().any(is) {
             return None;
         }
-        head.append_header(name, value).ok()?;
     }
-    head.headers.contains_key(HOST).then_some(head)
-}
-
-fn is_plain(connection: &HeaderValue) -> bool {
-    let said = connection.as_bytes();
-    said.eq_ignore_ascii_case(b"keep-alive") || said.eq_ignore_ascii_case(CLOSE)
-}
-
-/// Whether a plain head is the last one of its connection.
-pub(crate) fn is_last(head: &RequestHeader) -> bool {
-    let connection = head.headers.get(CONNECTION);
-    connection.is_some_and(|said| said.as_bytes().eq_ignore_ascii_case(CLOSE))
+    if hosts != 1 || connections > 1 {
+        return None;
+    }
+    let span = |part: &[u8]| Span::of(part, bytes);
+    let lines = request.headers.iter();
+    Some(Plain {
+        is_get,
+        is_last,
+        target: span(target),
+        fields: lines
+            .map(|field| (span(field.name.as_bytes()), span(field.value)))
+            .collect(),
+        bytes: bytes.into(),
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use http::header::RANGE;
+    use pingora_http::RequestHeader;
+
     use super::*;
 
     #[test]
@@ -99,11 +220,47 @@ mod tests {
         let head = read(bytes).unwrap();
         assert_eq!(head.bytes, bytes.len() - 3);
         let head = head.plain.unwrap();
-        assert_eq!(head.raw_path(), b"/a?b");
-        assert_eq!(head.headers["range"], "bytes=0-1");
-        assert!(!is_last(&head));
-        let last = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Close\r\n\r\n";
-        assert!(is_last(&read(last).unwrap().plain.unwrap()));
+        assert_eq!(head.url(), Url::parse("x/a?b").ok());
+        assert_eq!(head.lines(&RANGE).collect::<Vec<_>>(), [b"bytes=0-1"]);
+        assert!(head.is_get && !head.is_last && !head.has(&EXPECT));
+        let last = b"HEAD / HTTP/1.1\r\nHost: x\r\nConnection: Close\r\n\r\n";
+        let last = read(last).unwrap().plain.unwrap();
+        assert!(!last.is_get && last.is_last);
+    }
+
+    #[test]
+    fn a_plain_head_says_what_pingora_reads_in_it() {
+        let lines = [
+            ("hOSt", "A.x:80"),
+            ("X-A", "1"),
+            ("x-a", "\"2\""),
+            ("B", ""),
+        ];
+        let written = lines.map(|(name, value)| format!("{name}:  {value} \r\n"));
+        let mut plain_ones = 0;
+        for byte in '!'..='~' {
+            for target in [
+                format!("/a{byte}b"),
+                format!("//{byte}?{byte}"),
+                format!("/?{byte}{byte}/"),
+            ] {
+                let head = format!("GET {target} HTTP/1.1\r\n{}\r\n", written.concat());
+                let Some(plain) = read(head.as_bytes()).unwrap().plain else {
+                    continue;
+                };
+                plain_ones += 1;
+                let mut its = RequestHeader::build_no_case("GET", target.as_bytes(), None).unwrap();
+                for (name, value) in lines {
+                    its.append_header(name, value).unwrap();
+                }
+                assert_eq!(plain.url(), url::of_request(&its), "{target}");
+                assert_eq!(*plain.to_map(), its.headers);
+                for name in its.headers.keys() {
+                    assert!(plain.lines(name).eq(its.headers.lines(name)), "{name}");
+                }
+            }
+        }
+        assert_eq!(plain_ones, 3 * (62 + IN_TARGETS.len()));
     }
 
     #[test]
@@ -114,6 +271,7 @@ mod tests {
             "GET / HTTP/1.0\r\nHost: x\r\n",
             "GET http://x/ HTTP/1.1\r\nHost: x\r\n",
             "GET * HTTP/1.1\r\nHost: x\r\n",
+            "GET /#a HTTP/1.1\r\nHost: x\r\n",
             "GET / HTTP/1.1\r\nA: b\r\n",
             "GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n",
             "GET / HTTP/1.1\r\nHost: a@x\r\n",

@@ -6,12 +6,13 @@
 
 use std::ops::Range;
 
-use http::HeaderMap;
+use http::HeaderName;
 use http::header::{
     IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
 };
 
 use crate::freshness::http_date;
+use crate::head::{Fields, text};
 use crate::manifest::Manifest;
 
 /// Ranges answered in one multipart response at most; a longer list is
@@ -80,15 +81,20 @@ fn digits(text: &str) -> Option<u64> {
 
 /// The single Range value of a request; two Range lines are no valid request
 /// for ranges and are ignored.
-pub fn range_value(headers: &HeaderMap) -> Option<&str> {
-    let mut values = headers.get_all(RANGE).iter();
-    let value = values.next()?.to_str().ok()?;
+pub fn range_value(headers: &impl Fields) -> Option<&str> {
+    text(only(headers, &RANGE)?)
+}
+
+/// The value of a field that is there in one line.
+fn only<'a>(headers: &'a impl Fields, name: &'a HeaderName) -> Option<&'a [u8]> {
+    let mut values = headers.lines(name);
+    let value = values.next()?;
     values.next().is_none().then_some(value)
 }
 
 /// The first byte that the request wants as far as it can be told without the
 /// length: 0 for suffixes.
-pub fn first_byte(headers: &HeaderMap) -> u64 {
+pub fn first_byte(headers: &impl Fields) -> u64 {
     match range_value(headers).and_then(parse_range).as_deref() {
         Some([RangeSpec::FromTo(first, _) | RangeSpec::From(first)]) => *first,
         _ => 0,
@@ -96,7 +102,7 @@ pub fn first_byte(headers: &HeaderMap) -> u64 {
 }
 
 /// How many bytes of the end a request asks for, where that is all it asks for.
-pub fn suffix(headers: &HeaderMap) -> Option<u64> {
+pub fn suffix(headers: &impl Fields) -> Option<u64> {
     match range_value(headers).and_then(parse_range)?.as_slice() {
         [RangeSpec::Suffix(count)] if *count > 0 => Some(*count),
         _ => None,
@@ -105,10 +111,10 @@ pub fn suffix(headers: &HeaderMap) -> Option<u64> {
 
 /// Whether all that a GET with these fields may be answered with, of an object
 /// of `length` bytes, lies in `part`.
-pub fn is_within(headers: &HeaderMap, length: u64, part: &Range<u64>) -> bool {
+pub fn is_within(headers: &impl Fields, length: u64, part: &Range<u64>) -> bool {
     // As the plan will have it: what is read outside the part counts as a change.
     let plan = match range_value(headers).and_then(parse_range) {
-        Some(specs) if !headers.contains_key(IF_RANGE) => ranges(&specs, length),
+        Some(specs) if !headers.has(&IF_RANGE) => ranges(&specs, length),
         _ => Plan::Whole,
     };
     let holds = |range: &Range<u64>| part.start <= range.start && range.end <= part.end;
@@ -122,30 +128,30 @@ pub fn is_within(headers: &HeaderMap, length: u64, part: &Range<u64>) -> bool {
 
 /// Whether a request has conditions that decide before its Range does (RFC
 /// 9110 section 13.2.2, steps 1 to 4).
-pub fn has_conditions(headers: &HeaderMap) -> bool {
+pub fn has_conditions(headers: &impl Fields) -> bool {
     let names = [
         IF_MATCH,
         IF_NONE_MATCH,
         IF_MODIFIED_SINCE,
         IF_UNMODIFIED_SINCE,
     ];
-    names.iter().any(|name| headers.contains_key(name))
+    names.iter().any(|name| headers.has(name))
 }
 
 /// Whether a GET with these fields asks for ranges, in a form that is not to be ignored.
-pub fn wants_ranges(headers: &HeaderMap) -> bool {
+pub fn wants_ranges(headers: &impl Fields) -> bool {
     range_value(headers).and_then(parse_range).is_some()
 }
 
 /// Whether these fields ask for ranges of which an object of `length` bytes has none.
-pub fn is_unsatisfiable(headers: &HeaderMap, length: u64) -> bool {
+pub fn is_unsatisfiable(headers: &impl Fields, length: u64) -> bool {
     range_value(headers)
         .and_then(parse_range)
         .is_some_and(|specs| specs.iter().all(|spec| spec.of(length).is_none()))
 }
 
 /// The one range that a GET with these fields asks for.
-pub fn single_range(headers: &HeaderMap, length: u64) -> Option<Range<u64>> {
+pub fn single_range(headers: &impl Fields, length: u64) -> Option<Range<u64>> {
     match range_value(headers).and_then(parse_range)?.as_slice() {
         [spec] => spec.of(length),
         _ => None,
@@ -170,7 +176,7 @@ pub enum Plan {
 }
 
 /// Decides the answer to a GET or HEAD.
-pub fn plan(method_is_get: bool, request: &HeaderMap, manifest: &Manifest) -> Plan {
+pub fn plan(method_is_get: bool, request: &impl Fields, manifest: &Manifest) -> Plan {
     if !matches!(manifest.status, 200 | 203) {
         return Plan::Whole;
     }
@@ -207,28 +213,28 @@ fn ranges(specs: &[RangeSpec], length: u64) -> Plan {
 }
 
 /// RFC 9110 section 13.2.2, steps 1 to 4; `None`: go on with Range.
-fn conditions(request: &HeaderMap, manifest: &Manifest) -> Option<Plan> {
+fn conditions(request: &impl Fields, manifest: &Manifest) -> Option<Plan> {
     if !has_conditions(request) {
         return None;
     }
     let etag = manifest.header("etag");
     let last_modified = manifest.header("last-modified").and_then(http_date);
-    if request.contains_key(IF_MATCH) {
-        if !etag_listed(request, IF_MATCH, etag, strongly_equal) {
+    if request.has(&IF_MATCH) {
+        if !etag_listed(request, &IF_MATCH, etag, strongly_equal) {
             return Some(Plan::PreconditionFailed);
         }
     } else if let (Some(since), Some(modified)) =
-        (date(request, IF_UNMODIFIED_SINCE), last_modified)
+        (date(request, &IF_UNMODIFIED_SINCE), last_modified)
         && modified > since
     {
         return Some(Plan::PreconditionFailed);
     }
-    if request.contains_key(IF_NONE_MATCH) {
-        if etag_listed(request, IF_NONE_MATCH, etag, weakly_equal) {
+    if request.has(&IF_NONE_MATCH) {
+        if etag_listed(request, &IF_NONE_MATCH, etag, weakly_equal) {
             return Some(Plan::NotModified);
         }
     } else if let (Some(since), Some(modified)) = (
-        date(request, IF_MODIFIED_SINCE),
+        date(request, &IF_MODIFIED_SINCE),
         // RFC 9111 section 4.3.2: without Last-Modified, the Date counts.
         last_modified.or_else(|| manifest.header("date").and_then(http_date)),
     ) && modified <= since
@@ -238,29 +244,19 @@ fn conditions(request: &HeaderMap, manifest: &Manifest) -> Option<Plan> {
     None
 }
 
-fn date(request: &HeaderMap, name: http::HeaderName) -> Option<std::time::SystemTime> {
-    let mut values = request.get_all(name).iter();
-    let value = values.next()?;
-    if values.next().is_some() {
-        return None;
-    }
-    http_date(value.to_str().ok()?)
+fn date(request: &impl Fields, name: &HeaderName) -> Option<std::time::SystemTime> {
+    http_date(text(only(request, name)?)?)
 }
 
 fn etag_listed(
-    request: &HeaderMap,
-    name: http::HeaderName,
+    request: &impl Fields,
+    name: &HeaderName,
     etag: Option<&str>,
     equal: fn(&str, &str) -> bool,
 ) -> bool {
-    request
-        .get_all(name)
-        .iter()
-        .filter_map(|v| v.to_str().ok())
-        .any(|value| {
-            value.trim() == "*"
-                || etag.is_some_and(|etag| etags(value).any(|given| equal(given, etag)))
-        })
+    request.lines(name).filter_map(text).any(|value| {
+        value.trim() == "*" || etag.is_some_and(|etag| etags(value).any(|given| equal(given, etag)))
+    })
 }
 
 /// The entity tags of a list; commas inside the quotes belong to the tag.
@@ -302,14 +298,13 @@ pub(crate) fn weakly_equal(a: &str, b: &str) -> bool {
 
 /// RFC 9110 section 13.1.5: a strong entity tag, or the exact date where that
 /// names the bytes.
-fn if_range_holds(request: &HeaderMap, manifest: &Manifest) -> bool {
-    let Some(value) = request.get(IF_RANGE) else {
+fn if_range_holds(request: &impl Fields, manifest: &Manifest) -> bool {
+    let Some(value) = request.lines(&IF_RANGE).next() else {
         return true;
     };
-    let Ok(value) = value.to_str() else {
+    let Some(value) = text(value).map(str::trim) else {
         return false;
     };
-    let value = value.trim();
     if value.starts_with('"') || value.starts_with("W/") {
         return manifest
             .header("etag")
@@ -321,6 +316,8 @@ fn if_range_holds(request: &HeaderMap, manifest: &Manifest) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderMap;
+
     use super::RangeSpec::*;
     use super::*;
 

@@ -148,7 +148,7 @@ impl Naming {
     /// The name of the object that clients call `url`.
     pub fn object(&self, url: Url) -> Url {
         Url {
-            host: self.host(&url.host).to_owned(),
+            host: self.upstream_host.clone().unwrap_or(url.host),
             target: self.target(url.target),
         }
     }
@@ -180,7 +180,11 @@ pub fn of_request(head: &RequestHeader) -> Option<Url> {
         (None, _) => head.uri.authority()?.as_str(),
         (Some(_), Some(_)) => return None,
     };
-    let target = head.uri.path_and_query().map_or("/", |t| t.as_str());
+    of_origin_form(host, head.uri.path_and_query().map_or("/", |t| t.as_str()))
+}
+
+/// What a path with its query names on a host, as that was written.
+pub(crate) fn of_origin_form(host: &str, target: &str) -> Option<Url> {
     Some(Url {
         host: checked_host(host).ok()?,
         target: target.to_owned(),
@@ -198,6 +202,11 @@ fn is_scheme(text: &str) -> bool {
 /// Nodes that are reached at different ports, or through a published one, are
 /// one cache; and a port that no origin sees can poison nothing.
 pub fn normalise_host(host: &str) -> String {
+    name_of_host(host).to_ascii_lowercase()
+}
+
+/// A host without its port and a final dot.
+fn name_of_host(host: &str) -> &str {
     let host = match host.rsplit_once(':') {
         Some((name, port)) if !name.ends_with(':') && port.bytes().all(|b| b.is_ascii_digit()) => {
             let is_bare_ipv6 = name.contains(':') && !name.ends_with(']');
@@ -205,7 +214,7 @@ pub fn normalise_host(host: &str) -> String {
         }
         _ => host,
     };
-    host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase()
+    host.strip_suffix('.').unwrap_or(host)
 }
 
 pub(crate) fn checked_host(host: &str) -> Result<String, String> {
@@ -225,7 +234,7 @@ pub(crate) fn checked_host(host: &str) -> Result<String, String> {
         && port.bytes().all(|byte| byte.is_ascii_digit())
         && port.parse::<u16>().is_err();
     // What we show of a name must lead back to it: `a..` would become another.
-    if host.is_empty() || !valid || !is_one || is_port_too_large || normalise_host(&host) != host {
+    if host.is_empty() || !valid || !is_one || is_port_too_large || name_of_host(&host) != host {
         return Err("no valid host".to_owned());
     }
     Ok(host)

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use http::Method;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use pingora_http::RequestHeader;
 use pingora_proxy::Session;
@@ -12,8 +11,13 @@ use pingora_slice_cluster::wire::OriginRequest;
 use super::{Front, NAME, VIA};
 use crate::engine::{Request, Sent};
 use crate::freshness::Demands;
+use crate::head::{Fields, text};
 use crate::origin::is_coded;
 use crate::plan;
+use crate::url::Url;
+
+/// Whom a request has passed (RFC 8586).
+static CDN_LOOP: HeaderName = HeaderName::from_static("cdn-loop");
 
 /// Request fields that are not sent on: they belong to the client's
 /// connection, or are replaced by ours.
@@ -81,34 +85,36 @@ impl Front {
     }
 
     /// Whether a request has passed this cluster before (RFC 8586).
-    pub(super) fn has_passed_here(&self, head: &RequestHeader) -> bool {
+    pub(super) fn has_passed_here(&self, fields: &impl Fields) -> bool {
         let Some(id) = self.loop_id() else {
             return false;
         };
-        let lists = head.headers.get_all("cdn-loop").iter();
-        let mut passed = lists
-            .filter_map(|list| list.to_str().ok())
+        let mut passed = fields
+            .lines(&CDN_LOOP)
+            .filter_map(text)
             .flat_map(|list| list.split(','))
             .filter_map(|cdn| cdn.split(';').next());
         passed.any(|name| name.trim() == &**id)
     }
 
-    /// Reads a request; `has_body`: whether one comes with it.
+    /// Reads a request for what `url` names; `has_body`: whether one comes with it.
     pub(super) fn request(
         &self,
-        head: &RequestHeader,
-        fields: &Arc<HeaderMap>,
+        url: Option<Url>,
+        is_get: bool,
+        fields: &Arc<impl Fields + Send + Sync + 'static>,
         has_body: bool,
     ) -> Disposition {
+        let asked = &**fields;
         let settings = self.engine.live().take();
-        let Some(url) = settings.naming.of_request(head) else {
+        let Some(url) = url.map(|url| settings.naming.object(url)) else {
             return Disposition::Refuse(400, "malformed");
         };
-        if self.has_passed_here(head) {
+        if self.has_passed_here(asked) {
             return Disposition::Refuse(508, "loop");
         }
         let loop_id = self.loop_id();
-        let demands = Demands::of(&head.headers, &settings.policy.caching.request_directives);
+        let demands = Demands::of(asked, &settings.policy.caching.request_directives);
         let pass = |why| match demands.only_if_cached {
             true => Disposition::Refuse(504, "only-if-cached"),
             false => Disposition::Pass(why),
@@ -119,7 +125,7 @@ impl Front {
         if !self.engine.config().enable_cache {
             return pass("disabled");
         }
-        if is_for_websocket(&head.headers) {
+        if is_for_websocket(asked) {
             return pass("upgrade");
         }
         if has_body {
@@ -135,19 +141,19 @@ impl Front {
             key,
             origin: Sent::new({
                 let (url, fields) = (url.clone(), fields.clone());
-                let (is_get, loop_id) = (head.method == Method::GET, loop_id.cloned());
+                let loop_id = loop_id.cloned();
                 move || OriginRequest {
-                    headers: sent_on(&fields, is_get, loop_id.as_deref()),
+                    headers: sent_on(&fields.to_map(), is_get, loop_id.as_deref()),
                     host: url.host.clone(),
                     target: url.target.clone(),
                 }
             }),
             url,
             demands,
-            first_byte: match head.method {
-                Method::GET => plan::first_byte(&head.headers),
+            first_byte: match is_get {
+                true => plan::first_byte(asked),
                 // Range is for GET alone (RFC 9110 section 14.2).
-                _ => 0,
+                false => 0,
             },
             sliced,
             chance: rand::random(),
@@ -205,10 +211,10 @@ fn may_choose(name: &HeaderName) -> bool {
 /// Whether a request asks for a WebSocket (RFC 6455), which needs the origin. Any
 /// other Upgrade may be ignored (RFC 9110 section 7.8): many clients offer `h2c`
 /// with each request.
-fn is_for_websocket(headers: &HeaderMap) -> bool {
-    let lines = headers.get_all(header::UPGRADE).iter();
-    let mut offered = lines
-        .filter_map(|line| line.to_str().ok())
+fn is_for_websocket(fields: &impl Fields) -> bool {
+    let mut offered = fields
+        .lines(&header::UPGRADE)
+        .filter_map(text)
         .flat_map(|line| line.split(','));
     offered.any(|protocol| protocol.trim().eq_ignore_ascii_case("websocket"))
 }

@@ -20,21 +20,19 @@ use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::header::{DATE, HeaderMap};
-use http::{Method, StatusCode};
+use http::header::DATE;
 use httpdate::fmt_http_date;
 use pingora_core::protocols::Stream;
-use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_slice_cluster::Generation;
 use pingora_slice_cluster::slice::touched;
 use pingora_slice_cluster::wire::Resolution;
 use tokio::io::AsyncWriteExt;
 
-use super::wire::{on_the_wire, stored_on_the_wire};
+use super::wire::{self, Head, Wire};
 use super::{Disposition, Front, patiently, until_total};
 use crate::engine::{Found, Request, Resolved};
 use crate::flight::{FillError, Form, Source};
-use crate::head;
+use crate::head::Plain;
 use crate::pace::Pace;
 use crate::pieces::{Piece, Pieces, count_slice};
 use crate::plan::{self, Plan};
@@ -64,12 +62,6 @@ pub(crate) struct Known {
     pub(crate) gone: Option<Generation>,
 }
 
-/// A head as it is written.
-struct Head {
-    status: StatusCode,
-    bytes: Bytes,
-}
-
 /// Whether an object was given.
 enum Given {
     Yes,
@@ -88,13 +80,14 @@ impl Front {
     /// The connection is of no use any more.
     pub(crate) async fn answer_directly(
         &self,
-        head: &RequestHeader,
+        head: Plain,
         stream: &mut Stream,
     ) -> io::Result<Directly> {
         let started = Instant::now();
         let _under_way = self.under_way();
-        let fields = Arc::new(head.headers.clone());
-        let Disposition::Cacheable(request) = self.request(head, &fields, false) else {
+        let head = Arc::new(head);
+        let asked = self.request(head.url(), head.is_get, &head, false);
+        let Disposition::Cacheable(request) = asked else {
             return Ok(Directly::Not(None));
         };
         let known = |resolved, gone| {
@@ -106,7 +99,7 @@ impl Front {
             }))))
         };
         if let Some(found) = self.engine.hit(&request) {
-            let given = self.give_found(head, &fields, stream, &request, &found, started);
+            let given = self.give_found(&head, stream, &request, &found, started);
             return match given.await? {
                 Given::Yes => Ok(Directly::Answered),
                 Given::No => known(None, None),
@@ -123,7 +116,7 @@ impl Front {
         if let Resolved::Object(found) = &resolved
             && found.informational.is_empty()
         {
-            let given = self.give_found(head, &fields, stream, &request, found, started);
+            let given = self.give_found(&head, stream, &request, found, started);
             match given.await? {
                 Given::Yes => return Ok(Directly::Answered),
                 Given::No => {}
@@ -137,8 +130,7 @@ impl Front {
     /// Answers with an object that may be used.
     async fn give_found(
         &self,
-        head: &RequestHeader,
-        fields: &HeaderMap,
+        asked: &Plain,
         stream: &mut Stream,
         request: &Request,
         found: &Found,
@@ -151,23 +143,9 @@ impl Front {
         let Some(answering) = self.engine.answering(&found.object) else {
             return Ok(Given::Gone);
         };
-        let (is_get, is_last) = (head.method == Method::GET, head::is_last(head));
-        let plan = plan::plan(is_get, fields, &found.object.manifest);
-        let stored = match plan {
-            Plan::Whole | Plan::Single(_) if found.object.manifest.status == 200 => {
-                found.object.on_the_wire(stored_on_the_wire)
-            }
-            _ => None,
-        };
-        let complete = match stored {
-            Some(_) => {
-                let mut head = ResponseHeader::from(http::Response::new(()).into_parts().0);
-                let pieces = self.complete(&mut head, request, found, plan, false);
-                pieces.map(|pieces| (head, pieces))
-            }
-            None => self.head(request, found, plan, false),
-        };
-        let Ok((head, pieces)) = complete else {
+        let (is_get, is_last) = (asked.is_get, asked.is_last);
+        let plan = plan::plan(is_get, asked, &found.object.manifest);
+        let Some((head, pieces)) = self.head_on_the_wire(request, found, plan, is_last) else {
             return Ok(Given::No);
         };
         let body = match pieces.as_slice() {
@@ -175,12 +153,6 @@ impl Front {
             [Piece::Bytes(_)] | [] => 0..0,
             _ => return Ok(Given::No),
         };
-        let stored = stored.map_or(&[][..], |stored| stored);
-        let status = head.status;
-        let Some(bytes) = on_the_wire(&head, stored, is_last) else {
-            return Ok(Given::No);
-        };
-        let head = Head { status, bytes };
         let has_begun = AtomicBool::new(false);
         let begin = || {
             has_begun.store(true, Ordering::Relaxed);
@@ -233,6 +205,30 @@ impl Front {
             self.count_over(started);
         }
         answered
+    }
+
+    /// The head and the body's pieces of a planned answer; `None`: it is Pingora's to
+    /// write.
+    fn head_on_the_wire(
+        &self,
+        request: &Request,
+        found: &Found,
+        plan: Plan,
+        is_last: bool,
+    ) -> Option<(Head, Vec<Piece>)> {
+        let stored = match plan {
+            Plan::Whole | Plan::Single(_) if found.object.manifest.status == 200 => {
+                found.object.on_the_wire(wire::stored)
+            }
+            _ => None,
+        };
+        let Some(stored) = stored else {
+            let (head, pieces) = self.head(request, found, plan, false).ok()?;
+            return Some((Head::of(&head, is_last)?, pieces));
+        };
+        let mut head = Wire::new(stored);
+        let pieces = self.complete(&mut head, request, found, plan, false);
+        Some((head.end(is_last), pieces.ok()?))
     }
 
     /// Gives a small body, if all of it is at hand. The inner error: nothing was
@@ -353,7 +349,7 @@ impl Front {
         let mut refusal = self.refusal(status, detail).map_err(io::Error::other)?;
         let now = fmt_http_date(SystemTime::now());
         refusal.insert_header(DATE, now).map_err(io::Error::other)?;
-        let refusal = on_the_wire(&refusal, &[], is_last).unwrap_or_default();
+        let refusal = Head::of(&refusal, is_last).map_or(Bytes::new(), |head| head.bytes);
         let mut pace = Pace::new(self.engine.config().client_timeouts);
         self.give_directly(stream, &mut pace, refusal, || {})
             .await?;

@@ -1,10 +1,11 @@
 //! The head of an answer: its status and fields, and the pieces of the body that they
 //! announce. Also what `Cache-Status` says, and the heads of our own errors.
 
+use std::fmt;
 use std::ops::Range;
 use std::time::SystemTime;
 
-use http::header::{self, HeaderName, HeaderValue};
+use http::header;
 use pingora_core::Result;
 use pingora_http::ResponseHeader;
 use pingora_slice_cluster::wire::Resolution;
@@ -19,12 +20,41 @@ use crate::plan::Plan;
 use crate::stream;
 
 /// A 304 carries what guides caches, not what describes the bytes (RFC 9110 section 15.4.5).
-const LEFT_OUT_OF_304: [HeaderName; 4] = [
-    header::CONTENT_TYPE,
-    header::CONTENT_ENCODING,
-    header::CONTENT_LANGUAGE,
-    header::TRANSFER_ENCODING,
+const LEFT_OUT_OF_304: [&str; 4] = [
+    "content-type",
+    "content-encoding",
+    "content-language",
+    "transfer-encoding",
 ];
+
+/// A head that is being put together. Names are as HTTP/1.1 writes them.
+pub(super) trait AnswerHead {
+    /// Comes before any field.
+    fn begin(&mut self, status: u16) -> Result<()>;
+    /// Sets a field, in the place of any that there was.
+    fn set(&mut self, name: &'static str, value: fmt::Arguments<'_>) -> Result<()>;
+    /// Adds a line to a field.
+    fn add(&mut self, name: &'static str, value: fmt::Arguments<'_>) -> Result<()>;
+    fn remove(&mut self, name: &str);
+}
+
+impl AnswerHead for ResponseHeader {
+    fn begin(&mut self, status: u16) -> Result<()> {
+        self.set_status(status)
+    }
+
+    fn set(&mut self, name: &'static str, value: fmt::Arguments<'_>) -> Result<()> {
+        self.insert_header(name, value.to_string())
+    }
+
+    fn add(&mut self, name: &'static str, value: fmt::Arguments<'_>) -> Result<()> {
+        self.append_header(name, value.to_string()).map(drop)
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.remove_header(name);
+    }
+}
 
 impl Front {
     /// The head and the body's pieces of a planned answer.
@@ -48,7 +78,7 @@ impl Front {
     /// what depends on the plan and the moment. The body's pieces.
     pub(super) fn complete(
         &self,
-        head: &mut ResponseHeader,
+        head: &mut impl AnswerHead,
         request: &Request,
         found: &Found,
         plan: Plan,
@@ -64,16 +94,16 @@ impl Front {
             Plan::PreconditionFailed => 412,
             Plan::NotSatisfiable => 416,
         };
-        head.set_status(status)?;
+        head.begin(status)?;
         if status == 304 {
             for name in LEFT_OUT_OF_304 {
-                head.remove_header(&name);
+                head.remove(name);
             }
         }
         if plan != Plan::Whole {
-            head.remove_header(&header::CONTENT_RANGE);
+            head.remove("content-range");
             for name in DIGESTS {
-                head.remove_header(name);
+                head.remove(name);
             }
         }
         let mut pieces = Vec::new();
@@ -83,10 +113,10 @@ impl Front {
             Plan::Whole => {
                 if let Some(length) = length {
                     if status != 304 {
-                        head.insert_header(header::CONTENT_LENGTH, length)?;
+                        head.set("Content-Length", format_args!("{length}"))?;
                     }
                 } else if status != 304 {
-                    head.insert_header(header::TRANSFER_ENCODING, "chunked")?;
+                    head.set("Transfer-Encoding", format_args!("chunked"))?;
                 }
                 if length != Some(0) && !matches!(status, 204 | 304) {
                     pieces.push(Piece::Bytes(0..length.unwrap_or(u64::MAX)));
@@ -94,29 +124,30 @@ impl Front {
             }
             Plan::Single(range) => {
                 let total = length.unwrap_or_default();
-                head.insert_header(
-                    header::CONTENT_RANGE,
-                    format!("bytes {}-{}/{total}", range.start, range.end - 1),
+                let (first, last) = (range.start, range.end - 1);
+                head.set(
+                    "content-range",
+                    format_args!("bytes {first}-{last}/{total}"),
                 )?;
-                head.insert_header(header::CONTENT_LENGTH, range.end - range.start)?;
+                let length = range.end - range.start;
+                head.set("Content-Length", format_args!("{length}"))?;
                 pieces.push(Piece::Bytes(range));
             }
             Plan::Multi(ranges) => pieces = multipart(head, &ranges, manifest)?,
             Plan::NotSatisfiable => {
-                head.insert_header(
-                    header::CONTENT_RANGE,
-                    format!("bytes */{}", length.unwrap_or_default()),
-                )?;
-                head.insert_header(header::CONTENT_LENGTH, 0)?;
+                let total = length.unwrap_or_default();
+                head.set("content-range", format_args!("bytes */{total}"))?;
+                head.set("Content-Length", format_args!("0"))?;
             }
-            Plan::PreconditionFailed => head.insert_header(header::CONTENT_LENGTH, 0)?,
+            Plan::PreconditionFailed => head.set("Content-Length", format_args!("0"))?,
             Plan::NotModified => {}
         }
         if matches!(manifest.status, 200 | 203) && length.is_some() && keeps_fields {
-            head.insert_header(header::ACCEPT_RANGES, "bytes")?;
+            head.set("Accept-Ranges", format_args!("bytes"))?;
         }
         let now_ms = unix_ms(SystemTime::now());
-        head.insert_header(header::AGE, manifest.freshness.age(now_ms))?;
+        let age = manifest.freshness.age(now_ms);
+        head.set("Age", format_args!("{age}"))?;
         let show_key = request.settings.policy.caching.show_key;
         self.describe(
             head,
@@ -129,14 +160,13 @@ impl Front {
     /// The fields that say what this cache did.
     pub(super) fn describe(
         &self,
-        head: &mut ResponseHeader,
+        head: &mut impl AnswerHead,
         cache_status: &str,
         x_cache: &'static str,
     ) -> Result<()> {
-        head.append_header("cache-status", [NAME, "; ", cache_status].concat())?;
-        head.insert_header("x-cache", HeaderValue::from_static(x_cache))?;
-        head.append_header(header::VIA, HeaderValue::from_static(VIA))?;
-        Ok(())
+        head.add("cache-status", format_args!("{NAME}; {cache_status}"))?;
+        head.set("x-cache", format_args!("{x_cache}"))?;
+        head.add("via", format_args!("{VIA}"))
     }
 
     /// An error of our own, counted: never stored by anybody.
@@ -166,7 +196,7 @@ fn keeps_fields(plan: &Plan) -> bool {
 /// The pieces of a multipart/byteranges answer (RFC 9110 section 14.6), and
 /// its fields in the head.
 fn multipart(
-    head: &mut ResponseHeader,
+    head: &mut impl AnswerHead,
     ranges: &[Range<u64>],
     manifest: &Manifest,
 ) -> Result<Vec<Piece>> {
@@ -194,11 +224,11 @@ fn multipart(
     let end = format!("\r\n--{boundary}--\r\n");
     length += end.len() as u64;
     pieces.push(Piece::Text(end.into()));
-    head.insert_header(
-        header::CONTENT_TYPE,
-        format!("multipart/byteranges; boundary={boundary}"),
+    head.set(
+        "Content-Type",
+        format_args!("multipart/byteranges; boundary={boundary}"),
     )?;
-    head.insert_header(header::CONTENT_LENGTH, length)?;
+    head.set("Content-Length", format_args!("{length}"))?;
     Ok(pieces)
 }
 
