@@ -119,7 +119,8 @@ impl Front {
 
     /// The object that a request names.
     fn name_of(&self, head: &RequestHeader) -> Option<Url> {
-        self.engine.live().now().naming.of_request(head)
+        let url = url::of_request(head)?;
+        Some(self.engine.live().now().naming.object(url))
     }
 
     /// Answers from the engine; false: let Pingora proxy it.

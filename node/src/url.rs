@@ -152,11 +152,6 @@ impl Naming {
             target: self.target(url.target),
         }
     }
-
-    /// The name of a request's object, as [`of_request`].
-    pub fn of_request(&self, head: &RequestHeader) -> Option<Url> {
-        of_request(head).map(|url| self.object(url))
-    }
 }
 
 /// What a request names. `None` where it names no host, or several.
