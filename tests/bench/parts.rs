@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! parts floor ADDRESS OBJECTS      a Pingora server that writes bytes from memory and does nothing else
-//! parts nodes ADDRESS DIR          the same, but two slices of three come from two other processes by bare quinn
+//! parts kernel ADDRESS OBJECTS     the same bytes by `read`, `writev` and `epoll` alone
+//! parts nodes ADDRESS DIR          the floor, but two slices of three come from two other processes by bare quinn
 //! parts pread FILE PIECE SECONDS   random aligned reads of PIECE bytes
 //! parts write FILE MIB             a sequential write with a checksum per 64 KiB
 //! parts quic KIND SECONDS          slices of 1 MiB between two QUIC endpoints: bare, apart or ours
 //! ```
 //!
-//! Built with the release profile, as the daemon is; each but `floor` and
-//! `nodes` prints one line of JSON. Not here: who is run when, and what it means (`main`).
+//! Built with the release profile, as the daemon is; each but `floor`,
+//! `kernel` and `nodes` prints one line of JSON. Not here: who is run when, and what it means (`main`).
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -32,6 +33,7 @@ use pingora_slice_cluster::crc32c::crc32c;
 use rand::Rng;
 use rustix::time::{ClockId, clock_gettime};
 
+mod kernel;
 mod quic;
 mod stat;
 
@@ -54,6 +56,9 @@ fn main() -> Result<()> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
         ["floor", address, objects] => floor(address, objects.parse()?, None),
+        ["kernel", address, objects] => {
+            kernel::serve(address, &everything(), &small_objects(objects.parse()?))
+        }
         ["nodes", address, dir] => floor(address, 0, Some(quic::Others::start(dir.as_ref())?)),
         ["pread", file, piece, seconds] => pread(file, piece.parse()?, seconds.parse()?),
         ["write", file, mib] => write(file, mib.parse()?),
@@ -139,8 +144,22 @@ impl ProxyHttp for Floor {
     }
 }
 
-fn floor(address: &str, objects: u32, others: Option<quic::Others>) -> Result<()> {
+/// What all objects are the beginning of.
+fn everything() -> Bytes {
+    vec![0x5a; FLOOR_BYTES].into()
+}
+
+/// Objects of 1 KiB, by their targets.
+fn small_objects(count: u32) -> HashMap<String, Bytes> {
     const OBJECT_BYTES: usize = 1024;
+    let object = |object| {
+        let target = format!("/{OBJECT_BYTES}?{object}");
+        (target, vec![0x5a; OBJECT_BYTES].into())
+    };
+    (0..count).map(object).collect()
+}
+
+fn floor(address: &str, objects: u32, others: Option<quic::Others>) -> Result<()> {
     let conf = ServerConf {
         threads: 1,
         ..ServerConf::default()
@@ -148,13 +167,8 @@ fn floor(address: &str, objects: u32, others: Option<quic::Others>) -> Result<()
     let mut server = Server::new_with_opt_and_conf(Opt::default(), conf);
     server.bootstrap();
     let floor = Floor {
-        bytes: vec![0x5a; FLOOR_BYTES].into(),
-        objects: (0..objects)
-            .map(|object| {
-                let name = format!("/{OBJECT_BYTES}?{object}");
-                (name, vec![0x5a; OBJECT_BYTES].into())
-            })
-            .collect(),
+        bytes: everything(),
+        objects: small_objects(objects),
         others,
     };
     let mut service = http_proxy_service(&server.configuration, floor);

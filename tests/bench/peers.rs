@@ -270,23 +270,23 @@ impl Home {
             .await
     }
 
-    /// The floor: Pingora writing bytes from memory.
-    pub async fn floor(&self, parts: &Path) -> Result<Server> {
-        self.floor_with(parts, 0).await
+    /// The floor: Pingora writing bytes from memory, with this many objects of 1 KiB
+    /// in a map.
+    pub async fn floor(&self, parts: &Path, objects: u64) -> Result<Server> {
+        self.from_memory(parts, "floor", objects).await
     }
 
-    /// The same, with this many objects of 1 KiB in a map.
-    pub async fn floor_with(&self, parts: &Path, objects: u64) -> Result<Server> {
+    /// The kernel's calls alone, with as many.
+    pub async fn kernel(&self, parts: &Path, objects: u64) -> Result<Server> {
+        self.from_memory(parts, "kernel", objects).await
+    }
+
+    async fn from_memory(&self, parts: &Path, name: &'static str, objects: u64) -> Result<Server> {
         let ports = Ports::claim();
         let listen = ports.at(0).to_string();
-        self.server(
-            "floor",
-            ports,
-            SERVER_CORE,
-            path(parts),
-            &["floor", &listen, &objects.to_string()],
-        )
-        .await
+        let arguments = [name, &listen, &objects.to_string()];
+        self.server(name, ports, SERVER_CORE, path(parts), &arguments)
+            .await
     }
 
     /// Three nodes of nothing but Pingora and quinn.

@@ -294,12 +294,13 @@ impl Bench<'_> {
 
         let wants = |row| self.settings.wants(row);
         let ours = self.ours(&[]).await?;
-        let floor = self.home.floor(self.parts).await?;
+        let floor = self.home.floor(self.parts, 0).await?;
+        let kernel = self.home.kernel(self.parts, 0).await?;
         let nginx = self.home.nginx(self.origin.address).await?;
         let varnish = self.home.varnish(self.origin.address).await?;
         let ats = self.home.traffic_server(self.origin.address).await?;
         let (us, floor, nginx) = (Side::ours(&ours), Side::of(&floor), Side::of(&nginx));
-        let (varnish, ats) = (Side::of(&varnish), Side::of(&ats));
+        let (varnish, ats, kernel) = (Side::of(&varnish), Side::of(&ats), Side::of(&kernel));
         for side in [us, nginx, varnish, ats] {
             for object in ["/1024", "/10240", "/1048576", "/104857600", BIG] {
                 read(side.address, object)
@@ -349,14 +350,13 @@ impl Bench<'_> {
         };
         if wants("ranges") {
             let work = "random 64 KiB ranges of 1 GiB, 32 connections";
-            let of_floor = format!("the floor itself: {work}");
+            let of_kernel = of_kernel(work);
             for (work, sides, aim) in [
                 (work, (us, floor), AtLeast(0.9)),
                 (work, (us, nginx), AtLeast(1.15)),
                 (work, (us, ats), AtLeast(5.0)),
-                // How much of the distance is not ours.
-                (&of_floor, (floor, nginx), Aim::None),
-                (&of_floor, (floor, ats), Aim::None),
+                (&of_kernel, (kernel, nginx), Aim::None),
+                (&of_kernel, (kernel, ats), Aim::None),
             ] {
                 let wanted = [(PerSecond, aim), (CpuPerRequest, Aim::None)];
                 self.compare(report, "ranges", work, sides, 32, ranges, &wanted)
@@ -369,12 +369,11 @@ impl Bench<'_> {
                 ("100 MiB, 4 connections", "/104857600", 4),
             ] {
                 let pattern = Pattern::Whole { path };
-                let of_floor = format!("the floor itself: {work}");
+                let of_kernel = of_kernel(work);
                 for (work, sides, aim) in [
                     (work, (us, floor), AtMost(1.1)),
                     (work, (us, varnish), AtMost(1.0)),
-                    // How much of the distance is not ours.
-                    (&of_floor, (floor, varnish), Aim::None),
+                    (&of_kernel, (kernel, varnish), Aim::None),
                 ] {
                     let wanted = [(CpuPerMib, aim), (PerSecond, Aim::None)];
                     self.compare(report, "large", work, sides, connections, pattern, &wanted)
@@ -672,7 +671,7 @@ impl Bench<'_> {
             let ours = self.ours(&settings).await?;
             let a = idle_bytes(Side::ours(&ours), IDLE).await?;
             drop(ours);
-            let floor = self.home.floor(self.parts).await?;
+            let floor = self.home.floor(self.parts, 0).await?;
             let b = idle_bytes(Side::of(&floor), IDLE).await?;
             memory.push((a, b));
         }
@@ -685,11 +684,11 @@ impl Bench<'_> {
             pairs: memory,
         });
         let ours = self.ours(&settings).await?;
-        let floor = self.home.floor(self.parts).await?;
-        // What the floor loses is wrk's and the kernel's.
+        let kernel = self.home.kernel(self.parts, 0).await?;
+        // What the kernel's calls alone lose is its own and wrk's.
         for (side, aim) in [
             (Side::ours(&ours), Aim::AtLeast(1.0)),
-            (Side::of(&floor), Aim::None),
+            (Side::of(&kernel), Aim::None),
         ] {
             let _idle = open_idle(side.address, IDLE).await?;
             let pattern = Pattern::Whole { path: "/1024" };
@@ -766,7 +765,7 @@ impl Bench<'_> {
             settle();
             read(us, OBJECT).await?;
         }
-        let floor = self.home.floor(self.parts).await?;
+        let floor = self.home.floor(self.parts, 0).await?;
         let bare_nodes = self.home.bare_nodes(self.parts).await?;
         read(bare_nodes.address, OBJECT).await?;
         let seconds = (2.0 * self.settings.turn.as_secs_f64()).to_string();
@@ -902,14 +901,14 @@ impl Bench<'_> {
         }
         drop(nodes);
         // What asking for many costs wrk, the kernel and one look-up in a map.
-        let floor = self.home.floor_with(self.parts, MANY).await?;
+        let kernel = self.home.kernel(self.parts, MANY).await?;
         for count in &COUNTS[1..] {
-            let many = (Side::of(&floor), 64, asked(*count));
-            let pairs = self.rates(many, (Side::of(&floor), 64, asked(1)));
+            let many = (Side::of(&kernel), 64, asked(*count));
+            let pairs = self.rates(many, (Side::of(&kernel), 64, asked(1)));
             let pairs = pairs.await?;
             report.add(Comparison {
                 row: "growth",
-                work: format!("the floor with a map: any of {count}"),
+                work: of_kernel(&format!("1 KiB, any of {count} in a map")),
                 against: "one".into(),
                 unit: "requests/s",
                 aim: Aim::None,
@@ -958,6 +957,11 @@ impl Bench<'_> {
         });
         Ok(())
     }
+}
+
+/// The same by the kernel's calls alone: how much of a distance is no server's.
+fn of_kernel(work: &str) -> String {
+    format!("the kernel's calls alone: {work}")
 }
 
 /// What a node of ours had done when its cache was warm.
