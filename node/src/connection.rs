@@ -148,7 +148,7 @@ impl Clients {
                     false => self.timeouts.idle,
                 };
                 let mut until = Instant::now() + waiting;
-                let Head { bytes, plain } = loop {
+                let Head { length, plain } = loop {
                     if let Some(head) = head::read(stream.ahead()) {
                         break head;
                     }
@@ -178,7 +178,7 @@ impl Clients {
                             return;
                         }
                         Ok(Directly::Answered) => {
-                            stream.used(bytes);
+                            stream.used(length);
                             fresh = None;
                             continue;
                         }
@@ -186,7 +186,7 @@ impl Clients {
                         Err(_) => return,
                     }
                 }
-                stream.give(bytes);
+                stream.give(length);
             }
             stream.begin_head();
             let mut session = ServerSession::new_http1(stream);

@@ -29,7 +29,7 @@ use httpdate::parse_http_date;
 use pingora_slice_cluster::wire::HEAD_BYTES_MAX;
 
 use crate::config::{Caching, DefaultFreshness, Honoured, SetCookie};
-use crate::head::Fields;
+use crate::fields::Fields;
 use crate::manifest::Freshness;
 
 /// Longest freshness of an error that states none, seconds.

@@ -14,9 +14,10 @@
 //! | [`config`] | what did the operator ask for, and what is wrong with it? |
 //! | `config/live` | what of it takes effect without a start? |
 //! | [`certificates`] | what are clients of TLS shown? |
-//! | `connection`, `head`, `stream`, `reset`, `listening` | who reads a client's next request; what is done on its connection that Pingora does not do? |
+//! | `connection`, [`head`], `stream`, `reset`, `listening` | who reads a client's next request; what is done on its connection that Pingora does not do? |
+//! | [`fields`] | which fields has a request? |
 //! | `front`, `front/direct` | how does one request become one answer: through Pingora, or straight on the connection? |
-//! | `front/ask`, `front/fields`, `front/account` | what is asked for; what does the answer's head say; what is counted? |
+//! | `front/ask`, `front/fields`, `front/wire`, `front/account` | what is asked for; what does the answer's head say, and how is it written; what is counted? |
 //! | [`url`](mod@url) | what is an object called? |
 //! | [`plan`] | which status and bytes answer this request from this manifest? |
 //! | `pieces` | which slice comes next, and how many are opened ahead? |
@@ -54,10 +55,11 @@ pub mod config;
 mod connection;
 pub mod demo;
 mod engine;
+pub mod fields;
 mod flight;
 pub mod freshness;
 mod front;
-mod head;
+pub mod head;
 pub mod l1;
 pub mod l2;
 mod listening;

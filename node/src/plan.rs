@@ -11,8 +11,8 @@ use http::header::{
     IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
 };
 
+use crate::fields::{Fields, text};
 use crate::freshness::http_date;
-use crate::head::{Fields, text};
 use crate::manifest::Manifest;
 
 /// Ranges answered in one multipart response at most; a longer list is

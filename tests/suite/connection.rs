@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pingora_slice_tests::http::raw;
+use pingora_slice_tests::http::{Reply, raw};
 use pingora_slice_tests::{Ask, Fault, Film, KIB, MIB, Node, Options, SLICE_BYTES, TestCluster};
 use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -183,7 +183,13 @@ async fn both_ways_of_a_hit_tell_the_same() {
     let node = cluster.node(1);
     let small = cluster.origin.publish("/small", 20 * KIB);
     let large = cluster.origin.publish("/large", 3 * SLICE_BYTES + 1);
-    for film in [&small, &large] {
+    let behind = cluster.origin.publish("/behind-a-cache", 20 * KIB);
+    behind
+        .header("age", "5")
+        .header("x-cache", "MISS")
+        .header("via", "1.1 other")
+        .header("cache-status", "other; hit");
+    for film in [&small, &large, &behind] {
         node.read(film).await;
         let etag = node.get(film.path()).await.header("etag").to_owned();
         for (name, value) in [
@@ -207,7 +213,11 @@ async fn both_ways_of_a_hit_tell_the_same() {
                 assert_eq!(short.status, long.status, "{what}");
                 assert!(short.body == long.body, "{what}");
                 assert_eq!(short.header("x-cache"), "HIT", "{what}");
-                let told = |reply: &pingora_slice_tests::http::Reply| {
+                for name in ["age", "x-cache"] {
+                    let lines = |reply: &Reply| reply.headers.get_all(name).iter().count();
+                    assert_eq!((lines(&short), lines(&long)), (1, 1), "{what}");
+                }
+                let told = |reply: &Reply| {
                     let mut fields: Vec<(String, String)> = reply
                         .headers
                         .iter()

@@ -10,8 +10,8 @@ use pingora_slice_cluster::wire::OriginRequest;
 
 use super::{Front, NAME, VIA};
 use crate::engine::{Request, Sent};
+use crate::fields::{Fields, text};
 use crate::freshness::Demands;
-use crate::head::{Fields, text};
 use crate::origin::is_coded;
 use crate::plan;
 use crate::url::Url;

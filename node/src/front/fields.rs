@@ -27,7 +27,8 @@ const LEFT_OUT_OF_304: [&str; 4] = [
     "transfer-encoding",
 ];
 
-/// A head that is being put together. Names are as HTTP/1.1 writes them.
+/// A head that is being put together. Names are as Pingora writes them in HTTP/1.1,
+/// which has capitals for some.
 pub(super) trait AnswerHead {
     /// Comes before any field.
     fn begin(&mut self, status: u16) -> Result<()>;
@@ -35,6 +36,7 @@ pub(super) trait AnswerHead {
     fn set(&mut self, name: &'static str, value: fmt::Arguments<'_>) -> Result<()>;
     /// Adds a line to a field.
     fn add(&mut self, name: &'static str, value: fmt::Arguments<'_>) -> Result<()>;
+    /// Takes all lines of a field out.
     fn remove(&mut self, name: &str);
 }
 

@@ -14,6 +14,7 @@
 //! | [`config`] | the configuration: YAML, sizes, durations, `${VAR}` |
 //! | [`frames`] | what peers send: heads, parts, stored manifests |
 //! | [`key`] | the names of objects: request heads and URLs |
+//! | [`plain`] | request heads that are read without Pingora |
 //! | [`cache_control`] | `Cache-Control`, `CDN-Cache-Control`, dates, `Vary` |
 
 mod allocations;
@@ -23,6 +24,7 @@ pub mod content_range;
 pub mod frames;
 pub mod key;
 pub mod mutate;
+pub mod plain;
 pub mod range;
 
 pub use allocations::largest_allocation;
@@ -31,12 +33,13 @@ pub use allocations::largest_allocation;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     ("range", range::check),
     ("content_range", content_range::check),
     ("config", config::check),
     ("frames", frames::check),
     ("key", key::check),
+    ("plain", plain::check),
     ("cache_control", cache_control::check),
 ];
 

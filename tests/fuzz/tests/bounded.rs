@@ -70,4 +70,12 @@ macro_rules! targets {
     };
 }
 
-targets!(range, content_range, config, frames, key, cache_control);
+targets!(
+    range,
+    content_range,
+    config,
+    frames,
+    key,
+    plain,
+    cache_control
+);
