@@ -686,9 +686,10 @@ impl Bench<'_> {
         let ours = self.ours(&settings).await?;
         let kernel = self.home.kernel(self.parts, 0).await?;
         // What the kernel's calls alone lose is its own and wrk's.
-        for (side, aim) in [
-            (Side::ours(&ours), Aim::AtLeast(1.0)),
-            (Side::of(&kernel), Aim::None),
+        let work = format!("1 KiB, 1,000 active and {IDLE} idle");
+        for (side, work, aim) in [
+            (Side::ours(&ours), &work, Aim::AtLeast(1.0)),
+            (Side::of(&kernel), &of_kernel(&work), Aim::None),
         ] {
             let _idle = open_idle(side.address, IDLE).await?;
             let pattern = Pattern::Whole { path: "/1024" };
@@ -705,7 +706,7 @@ impl Bench<'_> {
             ] {
                 report.add(Comparison {
                     row: "connections",
-                    work: format!("{}: 1 KiB, 1,000 active and {IDLE} idle", side.name),
+                    work: work.clone(),
                     against: "100 active, the same idle".into(),
                     unit,
                     aim,
@@ -959,7 +960,7 @@ impl Bench<'_> {
     }
 }
 
-/// The same by the kernel's calls alone: how much of a distance is no server's.
+/// The same by the kernel's calls alone: how much of a distance is not ours.
 fn of_kernel(work: &str) -> String {
     format!("the kernel's calls alone: {work}")
 }
