@@ -693,26 +693,9 @@ impl Bench<'_> {
         ] {
             let _idle = open_idle(side.address, IDLE).await?;
             let pattern = Pattern::Whole { path: "/1024" };
-            let (mut rates, mut costs) = (Vec::new(), Vec::new());
-            for _ in 0..self.settings.pairs {
-                let many = self.figures(side, 1000, pattern).await?;
-                let few = self.figures(side, 100, pattern).await?;
-                rates.push((many.per_second, few.per_second));
-                costs.push((many.cpu_us_per_request, few.cpu_us_per_request));
-            }
-            for (unit, aim, pairs) in [
-                ("requests/s", aim, rates),
-                ("CPU us/request", Aim::None, costs),
-            ] {
-                report.add(Comparison {
-                    row: "connections",
-                    work: work.clone(),
-                    against: "100 active, the same idle".into(),
-                    unit,
-                    aim,
-                    pairs,
-                });
-            }
+            let row = ("connections", work.as_str(), "100 active, the same idle");
+            let [many, few] = [1000, 100].map(|connections| (side, connections, pattern));
+            self.loads(report, row, aim, many, few).await?;
         }
         Ok(())
     }
@@ -855,19 +838,36 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Requests per second of two loads in turn: on whom, connections, what.
-    async fn rates(
+    /// Two loads in turn, each on whom, over how many connections, and for what: their
+    /// rates, which the aim is for, and their CPU, as a client may be the slower part.
+    async fn loads(
         &self,
-        (a, a_connections, a_pattern): (Side<'_>, usize, Pattern),
-        (b, b_connections, b_pattern): (Side<'_>, usize, Pattern),
-    ) -> Result<Vec<(f64, f64)>> {
-        let mut pairs = Vec::new();
+        report: &mut Report,
+        (row, work, against): (&'static str, &str, &str),
+        aim: Aim,
+        many: (Side<'_>, usize, Pattern),
+        few: (Side<'_>, usize, Pattern),
+    ) -> Result<()> {
+        let mut turns = Vec::new();
         for _ in 0..self.settings.pairs {
-            let a = self.figures(a, a_connections, a_pattern).await?.per_second;
-            let b = self.figures(b, b_connections, b_pattern).await?.per_second;
-            pairs.push((a, b));
+            let many = self.figures(many.0, many.1, many.2).await?;
+            let few = self.figures(few.0, few.1, few.2).await?;
+            turns.push((many, few));
         }
-        Ok(pairs)
+        for (figure, aim) in [(Figure::PerSecond, aim), (Figure::CpuPerRequest, Aim::None)] {
+            report.add(Comparison {
+                row,
+                work: work.to_owned(),
+                against: against.to_owned(),
+                unit: figure.unit(),
+                aim,
+                pairs: turns
+                    .iter()
+                    .map(|(many, few)| (many.of(figure), few.of(figure)))
+                    .collect(),
+            });
+        }
+        Ok(())
     }
 
     async fn growth(&self, report: &mut Report) -> Result<()> {
@@ -887,16 +887,12 @@ impl Bench<'_> {
         let one = Side::ours(&nodes[0].1);
         for (count, ours, hits) in &nodes[1..] {
             for (what, asked_for) in [("one", 1), ("any", *count)] {
+                let work = format!("1 KiB, {what} of {count} cached objects");
+                let row = ("growth", work.as_str(), "1 cached object");
                 let many = (Side::ours(ours), 64, asked(asked_for));
-                let pairs = self.rates(many, (one, 64, asked(1))).await?;
-                report.add(Comparison {
-                    row: "growth",
-                    work: format!("1 KiB, {what} of {count} cached objects"),
-                    against: "1 cached object".into(),
-                    unit: "requests/s",
-                    aim: Aim::AtLeast(0.95),
-                    pairs,
-                });
+                let aim = Aim::AtLeast(0.95);
+                self.loads(report, row, aim, many, (one, 64, asked(1)))
+                    .await?;
             }
             hits.ensure(ours).await?;
         }
@@ -904,17 +900,10 @@ impl Bench<'_> {
         // What asking for many costs wrk, the kernel and one look-up in a map.
         let kernel = self.home.kernel(self.parts, MANY).await?;
         for count in &COUNTS[1..] {
-            let many = (Side::of(&kernel), 64, asked(*count));
-            let pairs = self.rates(many, (Side::of(&kernel), 64, asked(1)));
-            let pairs = pairs.await?;
-            report.add(Comparison {
-                row: "growth",
-                work: of_kernel(&format!("1 KiB, any of {count} in a map")),
-                against: "one".into(),
-                unit: "requests/s",
-                aim: Aim::None,
-                pairs,
-            });
+            let work = of_kernel(&format!("1 KiB, any of {count} in a map"));
+            let row = ("growth", work.as_str(), "one");
+            let [many, one] = [*count, 1].map(|count| (Side::of(&kernel), 64, asked(count)));
+            self.loads(report, row, Aim::None, many, one).await?;
         }
         Ok(())
     }
