@@ -34,3 +34,16 @@ pub fn text(value: &[u8]) -> Option<&str> {
     let value = value.iter().all(is_text).then_some(value)?;
     std::str::from_utf8(value).ok()
 }
+
+/// A map of fields, names and values; what is not a valid field is left out.
+pub fn map_of<'a>(fields: impl ExactSizeIterator<Item = (&'a [u8], &'a [u8])>) -> HeaderMap {
+    let mut map = HeaderMap::with_capacity(fields.len());
+    for (name, value) in fields {
+        if let (Ok(name), Ok(value)) =
+            (HeaderName::from_bytes(name), HeaderValue::from_bytes(value))
+        {
+            map.append(name, value);
+        }
+    }
+    map
+}

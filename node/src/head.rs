@@ -9,11 +9,10 @@
 use std::borrow::Cow;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue,
-    TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, TRANSFER_ENCODING, UPGRADE,
 };
 
-use crate::fields::{Fields, text};
+use crate::fields::{self, Fields, text};
 use crate::url::{self, Url};
 
 /// Fields of a plain head at most.
@@ -93,16 +92,10 @@ impl Fields for Plain {
     }
 
     fn to_map(&self) -> Cow<'_, HeaderMap> {
-        let mut map = HeaderMap::with_capacity(self.fields.len());
-        for (name, value) in &self.fields {
-            // As httparse and `http` take the same names and values, nothing is left out.
-            if let Ok(name) = HeaderName::from_bytes(self.at(*name))
-                && let Ok(value) = HeaderValue::from_bytes(self.at(*value))
-            {
-                map.append(name, value);
-            }
-        }
-        Cow::Owned(map)
+        // As httparse and `http` take the same names and values, nothing is left out.
+        let fields = self.fields.iter();
+        let fields = fields.map(|(name, value)| (self.at(*name), self.at(*value)));
+        Cow::Owned(fields::map_of(fields))
     }
 }
 

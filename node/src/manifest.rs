@@ -5,13 +5,14 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::HeaderMap;
 use pingora_slice_cluster::purge::Subject;
 use pingora_slice_cluster::slice::{HashKey, slice_count};
 use pingora_slice_cluster::wire::{Headers, Version};
 use pingora_slice_cluster::{Generation, ObjectKey, PurgeIndex};
 use serde::{Deserialize, Serialize};
 
+use crate::fields;
 use crate::url::Url;
 
 /// First byte of an encoded [`Record`].
@@ -327,16 +328,8 @@ pub fn to_headers(map: &HeaderMap) -> Headers {
 
 /// Header fields as a map; what is not a valid field is left out.
 pub fn to_map(headers: &Headers) -> HeaderMap {
-    let mut map = HeaderMap::with_capacity(headers.len());
-    for (name, value) in headers {
-        if let (Ok(name), Ok(value)) = (
-            HeaderName::from_bytes(name.as_bytes()),
-            HeaderValue::from_bytes(value),
-        ) {
-            map.append(name, value);
-        }
-    }
-    map
+    let fields = headers.iter();
+    fields::map_of(fields.map(|(name, value)| (name.as_bytes(), value.as_slice())))
 }
 
 #[cfg(test)]

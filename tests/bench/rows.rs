@@ -266,17 +266,31 @@ impl Bench<'_> {
         pattern: Pattern,
         wanted: &[(Figure, Aim)],
     ) -> Result<()> {
+        let row = (row, work, theirs.name);
+        let [ours, theirs] = [ours, theirs].map(|side| (side, connections, pattern));
+        self.loads(report, row, ours, theirs, wanted).await
+    }
+
+    /// Two loads in turn: each on whom, over how many connections, and for what.
+    async fn loads(
+        &self,
+        report: &mut Report,
+        (row, work, against): (&'static str, &str, &str),
+        a: (Side<'_>, usize, Pattern),
+        b: (Side<'_>, usize, Pattern),
+        wanted: &[(Figure, Aim)],
+    ) -> Result<()> {
         let mut turns = Vec::new();
         for _ in 0..self.settings.pairs {
-            let a = self.figures(ours, connections, pattern).await?;
-            let b = self.figures(theirs, connections, pattern).await?;
+            let a = self.figures(a.0, a.1, a.2).await?;
+            let b = self.figures(b.0, b.1, b.2).await?;
             turns.push((a, b));
         }
         for (figure, aim) in wanted {
             report.add(Comparison {
                 row,
                 work: work.to_owned(),
-                against: theirs.name.to_owned(),
+                against: against.to_owned(),
                 unit: figure.unit(),
                 aim: *aim,
                 pairs: turns
@@ -290,7 +304,7 @@ impl Bench<'_> {
 
     async fn hits(&self, report: &mut Report) -> Result<()> {
         use Aim::{AtLeast, AtMost};
-        use Figure::{CpuPerMib, CpuPerRequest, PerSecond};
+        use Figure::{CpuPerMib, PerSecond};
 
         let wants = |row| self.settings.wants(row);
         let ours = self.ours(&[]).await?;
@@ -319,7 +333,6 @@ impl Bench<'_> {
                 ("10 KiB, 64 connections", "/10240"),
             ] {
                 let pattern = Pattern::Whole { path };
-                let both = |aim| [(PerSecond, aim), (CpuPerRequest, Aim::None)];
                 self.compare(
                     report,
                     "small",
@@ -327,7 +340,7 @@ impl Bench<'_> {
                     (us, floor),
                     64,
                     pattern,
-                    &both(AtLeast(0.9)),
+                    &rate_and_cpu(AtLeast(0.9)),
                 )
                 .await?;
                 self.compare(
@@ -337,7 +350,7 @@ impl Bench<'_> {
                     (us, nginx),
                     64,
                     pattern,
-                    &both(AtLeast(1.0)),
+                    &rate_and_cpu(AtLeast(1.0)),
                 )
                 .await?;
             }
@@ -358,7 +371,7 @@ impl Bench<'_> {
                 (&of_kernel, (kernel, nginx), Aim::None),
                 (&of_kernel, (kernel, ats), Aim::None),
             ] {
-                let wanted = [(PerSecond, aim), (CpuPerRequest, Aim::None)];
+                let wanted = rate_and_cpu(aim);
                 self.compare(report, "ranges", work, sides, 32, ranges, &wanted)
                     .await?;
             }
@@ -401,7 +414,7 @@ impl Bench<'_> {
                 (us, nginx),
                 32,
                 ranges,
-                &[(PerSecond, AtLeast(0.5)), (CpuPerRequest, Aim::None)],
+                &rate_and_cpu(AtLeast(0.5)),
             )
             .await?;
             self.l2_against_pread(report, us, floor).await?;
@@ -695,7 +708,8 @@ impl Bench<'_> {
             let pattern = Pattern::Whole { path: "/1024" };
             let row = ("connections", work.as_str(), "100 active, the same idle");
             let [many, few] = [1000, 100].map(|connections| (side, connections, pattern));
-            self.loads(report, row, aim, many, few).await?;
+            self.loads(report, row, many, few, &rate_and_cpu(aim))
+                .await?;
         }
         Ok(())
     }
@@ -838,38 +852,6 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Two loads in turn, each on whom, over how many connections, and for what: their
-    /// rates, which the aim is for, and their CPU, as a client may be the slower part.
-    async fn loads(
-        &self,
-        report: &mut Report,
-        (row, work, against): (&'static str, &str, &str),
-        aim: Aim,
-        many: (Side<'_>, usize, Pattern),
-        few: (Side<'_>, usize, Pattern),
-    ) -> Result<()> {
-        let mut turns = Vec::new();
-        for _ in 0..self.settings.pairs {
-            let many = self.figures(many.0, many.1, many.2).await?;
-            let few = self.figures(few.0, few.1, few.2).await?;
-            turns.push((many, few));
-        }
-        for (figure, aim) in [(Figure::PerSecond, aim), (Figure::CpuPerRequest, Aim::None)] {
-            report.add(Comparison {
-                row,
-                work: work.to_owned(),
-                against: against.to_owned(),
-                unit: figure.unit(),
-                aim,
-                pairs: turns
-                    .iter()
-                    .map(|(many, few)| (many.of(figure), few.of(figure)))
-                    .collect(),
-            });
-        }
-        Ok(())
-    }
-
     async fn growth(&self, report: &mut Report) -> Result<()> {
         const COUNTS: [u64; 3] = [1, 1_000, 1_000_000];
         const MANY: u64 = COUNTS[2];
@@ -890,8 +872,8 @@ impl Bench<'_> {
                 let work = format!("1 KiB, {what} of {count} cached objects");
                 let row = ("growth", work.as_str(), "1 cached object");
                 let many = (Side::ours(ours), 64, asked(asked_for));
-                let aim = Aim::AtLeast(0.95);
-                self.loads(report, row, aim, many, (one, 64, asked(1)))
+                let wanted = rate_and_cpu(Aim::AtLeast(0.95));
+                self.loads(report, row, many, (one, 64, asked(1)), &wanted)
                     .await?;
             }
             hits.ensure(ours).await?;
@@ -903,7 +885,8 @@ impl Bench<'_> {
             let work = of_kernel(&format!("1 KiB, any of {count} in a map"));
             let row = ("growth", work.as_str(), "one");
             let [many, one] = [*count, 1].map(|count| (Side::of(&kernel), 64, asked(count)));
-            self.loads(report, row, Aim::None, many, one).await?;
+            self.loads(report, row, many, one, &rate_and_cpu(Aim::None))
+                .await?;
         }
         Ok(())
     }
@@ -947,6 +930,11 @@ impl Bench<'_> {
         });
         Ok(())
     }
+}
+
+/// The rate, which the aim is for, and the CPU, as a client may be the slower part.
+fn rate_and_cpu(aim: Aim) -> [(Figure, Aim); 2] {
+    [(Figure::PerSecond, aim), (Figure::CpuPerRequest, Aim::None)]
 }
 
 /// The same by the kernel's calls alone: how much of a distance is not ours.
