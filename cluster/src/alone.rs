@@ -6,7 +6,8 @@
 //! Without a directory everything is in memory, and dies with the cache.
 //!
 //! A disk that others have filled does not end the node at once: a few bytes are
-//! held in reserve for the commands, and given up for them then.
+//! held in reserve for the commands, and given up for them then. Nor does one that
+//! takes no writes for a while: nothing is promised meanwhile.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -36,12 +37,17 @@ const SNAPSHOT_EVERY: u64 = 4096;
 const RESERVE_BYTES: u64 = 4 << 20;
 /// It is taken, again, only where this many times as much is free.
 const RESERVE_MARGIN: u64 = 4;
+/// A purge that is not on disk by then is not confirmed; as in a cluster with the
+/// default lease.
+const WRITTEN_WITHIN: Duration = Duration::from_secs(5);
 
 /// See the module's text.
 pub(crate) struct Alone {
     pub(crate) replica: Arc<Replica>,
     /// Locked from choosing an index until its command is applied.
     kept: Mutex<Option<Kept>>,
+    /// Whose purge a thread writes; where the disk hangs, it is one thread that does.
+    turn: Arc<tokio::sync::Mutex<()>>,
     failed: watch::Sender<Option<StartError>>,
 }
 
@@ -70,6 +76,7 @@ impl Alone {
         let alone = Alone {
             replica,
             kept: Mutex::new(kept),
+            turn: Arc::default(),
             failed: watch::Sender::new(None),
         };
         if alone.replica.view().hash_key.is_none() {
@@ -96,12 +103,32 @@ impl Alone {
         Ok(alone)
     }
 
-    /// Purges; on disk, and in force, when this returns. Blocks for an fsync.
-    pub(crate) fn purge(
-        &self,
+    /// Purges; on disk, and in force, when this returns.
+    ///
+    /// # Errors
+    /// [`PurgeError`]: nothing is promised. Also after [`WRITTEN_WITHIN`]; it may come
+    /// to hold later then.
+    pub(crate) async fn purge(
+        self: &Arc<Self>,
         items: Vec<PurgeItem>,
         token: u128,
     ) -> Result<PurgeReceipt, PurgeError> {
+        let written = async {
+            let turn = self.turn.clone().lock_owned().await;
+            let alone = Arc::clone(self);
+            let write = move || {
+                let _turn = turn;
+                alone.write(items, token)
+            };
+            let written = tokio::task::spawn_blocking(write).await;
+            written.unwrap_or_else(|e| Err(PurgeError::NotConfirmed(e.to_string())))
+        };
+        let written = tokio::time::timeout(WRITTEN_WITHIN, written).await;
+        written.unwrap_or_else(|_| Err(PurgeError::NotConfirmed("the disk hangs".into())))
+    }
+
+    /// The same, blocking for an fsync.
+    fn write(&self, items: Vec<PurgeItem>, token: u128) -> Result<PurgeReceipt, PurgeError> {
         match self.execute(Command::Purge { items, token }) {
             Ok(Outcome::Purged(index)) => Ok(PurgeReceipt {
                 index,
@@ -324,11 +351,11 @@ mod tests {
         let film = Subject::new(&key, "a.test", "/film", &[""; 0]);
         let other = Subject::new(&key, "a.test", "/other", &[""; 0]);
         let version = alone.replica.version();
-        let receipt = alone.purge(url(&key, "/film"), 5).unwrap();
+        let receipt = alone.write(url(&key, "/film"), 5).unwrap();
         assert_ne!(alone.replica.version(), version);
         assert_eq!(alone.replica.applied(), receipt.index);
         assert_eq!(
-            alone.purge(url(&key, "/film"), 5).unwrap().index,
+            alone.write(url(&key, "/film"), 5).unwrap().index,
             receipt.index
         );
         let applied = alone.replica.applied();
@@ -353,7 +380,7 @@ mod tests {
         let alone = Alone::open(path.clone()).unwrap();
         let key = alone.replica.view().hash_key.unwrap();
         let last = (0..20)
-            .map(|n| alone.purge(url(&key, &format!("/{n}")), n).unwrap().index)
+            .map(|n| alone.write(url(&key, &format!("/{n}")), n).unwrap().index)
             .last();
         {
             let mut kept = alone.kept.lock().unwrap();
@@ -362,7 +389,7 @@ mod tests {
             let rows = kept.rows().unwrap();
             assert_eq!(rows.scan::<(u64, Command)>(&[]).unwrap(), []);
         }
-        let after = alone.purge(url(&key, "/after"), 99).unwrap().index;
+        let after = alone.write(url(&key, "/after"), 99).unwrap().index;
         drop(alone);
         let alone = Alone::open(path).unwrap();
         let floor = |path: &str| {
@@ -384,7 +411,7 @@ mod tests {
         for start in 0..3 {
             let alone = Alone::open(path.clone()).unwrap();
             let key = alone.replica.view().hash_key.unwrap();
-            alone.purge(url(&key, "/film"), start).unwrap();
+            alone.write(url(&key, "/film"), start).unwrap();
             let kept = alone.kept.lock().unwrap();
             assert_eq!(kept.as_ref().unwrap().folded, PurgeIndex(0));
         }
@@ -395,7 +422,7 @@ mod tests {
             alone.replica.applied()
         };
         let key = alone.replica.view().hash_key.unwrap();
-        alone.purge(url(&key, "/film"), 9).unwrap();
+        alone.write(url(&key, "/film"), 9).unwrap();
         drop(alone);
         let alone = Alone::open(path).unwrap();
         assert!(alone.replica.applied() > folded);
@@ -406,9 +433,9 @@ mod tests {
     fn without_a_directory_nothing_is_kept() {
         let alone = Alone::open(None).unwrap();
         let key = alone.replica.view().hash_key.unwrap();
-        assert!(alone.purge(url(&key, "/"), 1).is_ok());
+        assert!(alone.write(url(&key, "/"), 1).is_ok());
         assert!(matches!(
-            alone.purge(vec![], 1),
+            alone.write(vec![], 1),
             Err(PurgeError::Invalid(_))
         ));
         let again = Alone::open(None).unwrap().replica.view().hash_key;

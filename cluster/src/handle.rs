@@ -255,7 +255,7 @@ struct Inner {
 }
 
 enum Life {
-    Alone(Alone),
+    Alone(Arc<Alone>),
     Member(Node),
 }
 
@@ -266,7 +266,7 @@ impl Cluster {
     /// # Errors
     /// [`StartError::Locked`], [`StartError::Storage`].
     pub fn alone(data_dir: Option<PathBuf>) -> Result<Cluster, StartError> {
-        let life = Life::Alone(Alone::open(data_dir)?);
+        let life = Life::Alone(Arc::new(Alone::open(data_dir)?));
         Ok(Cluster {
             inner: Arc::new(Inner {
                 life,
@@ -400,15 +400,10 @@ impl Cluster {
         }
         match &self.inner.life {
             Life::Member(node) => node.shared().purge(items, token, wait).await,
-            Life::Alone(_) => {
-                let inner = self.inner.clone();
-                let purge = move || match &inner.life {
-                    Life::Alone(alone) => alone.purge(items, token),
-                    Life::Member(_) => Err(PurgeError::Invalid("not alone".into())),
-                };
-                let purged = tokio::task::spawn_blocking(purge).await;
+            Life::Alone(alone) => {
+                let purged = alone.purge(items, token).await;
                 self.replica().settle().await;
-                purged.unwrap_or_else(|e| Err(PurgeError::NotConfirmed(e.to_string())))
+                purged
             }
         }
     }
