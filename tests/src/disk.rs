@@ -1,10 +1,13 @@
-//! Small disks, to be filled: a file system in memory, mounted where a node
-//! keeps its files. Needs the right to mount; tests say so when they go without.
+//! Disks of a test's own, mounted where a node keeps its files: small ones, to be
+//! filled, and one whose writes can be held up. They need the right to mount; tests
+//! say so when they go without.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use tempfile::NamedTempFile;
 
 /// What is written at a time to fill a disk; the last piece is cut to fit.
 const PIECE_BYTES: usize = 1024 * 1024;
@@ -21,15 +24,9 @@ impl SmallDisk {
     /// # Errors
     /// What `mount` says: without privileges it cannot be had.
     pub fn mount(dir: &Path, bytes: u64) -> Result<SmallDisk, String> {
-        let mount = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"])
-            .arg(dir)
-            .stdin(Stdio::null())
-            .output()
-            .map_err(|error| format!("mount: {error}"))?;
-        if !mount.status.success() {
-            return Err(String::from_utf8_lossy(&mount.stderr).trim().to_owned());
-        }
+        let size = format!("size={bytes}");
+        let mount = ["-t", "tmpfs", "-o", &size, "tmpfs"];
+        run(Command::new("mount").args(mount).arg(dir))?;
         Ok(SmallDisk {
             dir: dir.to_owned(),
         })
@@ -59,9 +56,78 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Lazily: a process that was just killed may hold it for a moment.
-        let _ = Command::new("umount").arg("-l").arg(&self.dir).status();
+        unmount(&self.dir);
     }
+}
+
+/// A file system whose writes can be made to wait, while reads go on. Unmounted when
+/// dropped.
+#[derive(Debug)]
+pub struct SlowDisk {
+    dir: PathBuf,
+    _image: NamedTempFile,
+}
+
+impl SlowDisk {
+    /// Mounts one of `bytes` at `dir`, which must be there.
+    ///
+    /// # Errors
+    /// What `mkfs.ext4` or `mount` says.
+    pub fn mount(dir: &Path, bytes: u64) -> Result<SlowDisk, String> {
+        let image = NamedTempFile::new().map_err(|error| error.to_string())?;
+        image
+            .as_file()
+            .set_len(bytes)
+            .map_err(|error| error.to_string())?;
+        run(Command::new("mkfs.ext4").arg("-q").arg(image.path()))?;
+        run(Command::new("mount")
+            .args(["-o", "loop"])
+            .arg(image.path())
+            .arg(dir))?;
+        Ok(SlowDisk {
+            dir: dir.to_owned(),
+            _image: image,
+        })
+    }
+
+    /// Whoever writes to it waits until what is returned is dropped.
+    pub fn hold_up_writes(&self) -> WritesHeldUp<'_> {
+        run(Command::new("fsfreeze").arg("--freeze").arg(&self.dir)).expect("it is mounted");
+        WritesHeldUp(self)
+    }
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        unmount(&self.dir);
+    }
+}
+
+/// See [`SlowDisk::hold_up_writes`].
+pub struct WritesHeldUp<'a>(&'a SlowDisk);
+
+impl Drop for WritesHeldUp<'_> {
+    fn drop(&mut self) {
+        let thaw = run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.0.dir));
+        if let Err(reason) = thaw {
+            eprintln!("writes are still held up: {reason}");
+        }
+    }
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let done = command.stdin(Stdio::null()).output();
+    let done = done.map_err(|error| format!("{name}: {error}"))?;
+    match done.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&done.stderr).trim().to_owned()),
+    }
+}
+
+/// Lazily: a process that was just killed may hold it for a moment.
+fn unmount(dir: &Path) {
+    let _ = Command::new("umount").arg("-l").arg(dir).status();
 }
 
 #[cfg(test)]

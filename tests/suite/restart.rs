@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use pingora_slice_tests::disk::SlowDisk;
 use pingora_slice_tests::{Ask, Fault, Film, MIB, Options, SLICE_BYTES, TestCluster, Validators};
 
 /// Everything is on this node's disk, as far as it says.
@@ -143,6 +144,53 @@ async fn one_machine_keeps_its_purges_on_a_full_disk() {
     cluster.node_mut(1).restart().await;
     cluster.until_applied(&purge).await;
     cluster.read_from_every_node(&film).await;
+}
+
+/// Writing to disk takes as long as it takes: what is asked for comes from the origin,
+/// memory and the disk meanwhile, and what the queue has no room for is not kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_for_a_disk_that_takes_no_writes() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let disk = match SlowDisk::mount(dir.path(), 512 * MIB) {
+        Ok(disk) => disk,
+        Err(reason) => return eprintln!("NOT TESTED, no disk can be mounted: {reason}"),
+    };
+    let cluster = Options::alone()
+        .set("l1_cache_size_bytes", 16 * MIB)
+        .set("l2_cache_dir", format!("{:?}", dir.path().join("l2")))
+        .set("l2_cache_size_bytes", 256 * MIB)
+        .start()
+        .await;
+    let node = cluster.node(1);
+    let stored = cluster.origin.publish("/stored", 16 * MIB);
+    node.read(&stored).await;
+    until_on_disk(&cluster, &stored).await;
+
+    let held_up = disk.hold_up_writes();
+    let written = node.metric("l2_writes_total").await;
+    // More than memory and the queue have room for.
+    let film = cluster.origin.publish("/film", 96 * MIB);
+    node.read(&film).await;
+    assert_eq!(film.fetches(), film.slices());
+    node.read(&stored).await;
+    assert_eq!(stored.fetches(), stored.slices(), "read from disk");
+    // What cannot be kept is not promised.
+    let purges = (0..4).map(|_| node.purge_with("/film", &[]));
+    let purges = futures::future::join_all(purges).await;
+    assert!(purges.iter().all(|purged| purged.status == 503));
+    node.read(&stored).await;
+    assert_eq!(node.metric("l2_writes_total").await, written, "held up");
+    assert!(node.metric("l2_writes_dropped_total").await > 0.0);
+
+    drop(held_up);
+    film.change();
+    node.purge("/film").await;
+    node.read(&film).await;
+    node.until("the disk takes writes again", async || {
+        node.metric("l2_writes_total").await > written
+    })
+    .await;
+    node.read(&film).await;
 }
 
 /// A new slice size is for new generations: the old ones stay good.
