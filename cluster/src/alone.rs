@@ -11,12 +11,14 @@
 
 use std::fs::File;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use openraft::AnyError;
 use rustix::fs::FallocateFlags;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
 
 use crate::data_dir::DataDir;
 use crate::handle::{ClusterStatus, NodeStatus, PurgeError, PurgeReceipt, StartError};
@@ -37,8 +39,8 @@ const SNAPSHOT_EVERY: u64 = 4096;
 const RESERVE_BYTES: u64 = 4 << 20;
 /// It is taken, again, only where this many times as much is free.
 const RESERVE_MARGIN: u64 = 4;
-/// A purge that is not on disk by then is not confirmed; as in a cluster with the
-/// default lease.
+/// A purge that the disk has not taken by then is not confirmed; as in a cluster with
+/// the default lease.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(5);
 
 /// See the module's text.
@@ -46,8 +48,10 @@ pub(crate) struct Alone {
     pub(crate) replica: Arc<Replica>,
     /// Locked from choosing an index until its command is applied.
     kept: Mutex<Option<Kept>>,
-    /// Whose purge a thread writes; where the disk hangs, it is one thread that does.
+    /// Whose purge is being written; where the disk hangs, it is one thread that does.
     turn: Arc<tokio::sync::Mutex<()>>,
+    /// Told of each that has been.
+    written: watch::Sender<()>,
     failed: watch::Sender<Option<StartError>>,
 }
 
@@ -77,6 +81,7 @@ impl Alone {
             replica,
             kept: Mutex::new(kept),
             turn: Arc::default(),
+            written: watch::Sender::new(()),
             failed: watch::Sender::new(None),
         };
         if alone.replica.view().hash_key.is_none() {
@@ -106,25 +111,45 @@ impl Alone {
     /// Purges; on disk, and in force, when this returns.
     ///
     /// # Errors
-    /// [`PurgeError`]: nothing is promised. Also after [`WRITTEN_WITHIN`]; it may come
-    /// to hold later then.
+    /// [`PurgeError`]: nothing is promised. So it is where the disk takes nothing for
+    /// [`WRITTEN_WITHIN`]; a purge that it had been given may come to hold later.
     pub(crate) async fn purge(
         self: &Arc<Self>,
         items: Vec<PurgeItem>,
         token: u128,
     ) -> Result<PurgeReceipt, PurgeError> {
-        let written = async {
-            let turn = self.turn.clone().lock_owned().await;
-            let alone = Arc::clone(self);
-            let write = move || {
-                let _turn = turn;
-                alone.write(items, token)
-            };
-            let written = tokio::task::spawn_blocking(write).await;
-            written.unwrap_or_else(|e| Err(PurgeError::NotConfirmed(e.to_string())))
+        self.purge_within(WRITTEN_WITHIN, items, token).await
+    }
+
+    async fn purge_within(
+        self: &Arc<Self>,
+        patience: Duration,
+        items: Vec<PurgeItem>,
+        token: u128,
+    ) -> Result<PurgeReceipt, PurgeError> {
+        let hangs = |_| PurgeError::NotConfirmed("the disk takes no writes".into());
+        let mut written = self.written.subscribe();
+        let mut turn = pin!(self.turn.clone().lock_owned());
+        let turn = loop {
+            tokio::select! {
+                turn = &mut turn => break turn,
+                another = timeout(patience, written.changed()) => {
+                    // No error but this: `self` holds the sender.
+                    let _ = another.map_err(hangs)?;
+                }
+            }
         };
-        let written = tokio::time::timeout(WRITTEN_WITHIN, written).await;
-        written.unwrap_or_else(|_| Err(PurgeError::NotConfirmed("the disk hangs".into())))
+        let (tell, told) = oneshot::channel();
+        let alone = Arc::clone(self);
+        tokio::task::spawn_blocking(move || {
+            // Its asker may have left.
+            let _ = tell.send(alone.write(items, token));
+            alone.fold_if_long();
+            alone.written.send_replace(());
+            drop(turn);
+        });
+        let told = timeout(patience, told).await.map_err(hangs)?;
+        told.unwrap_or_else(|e| Err(PurgeError::NotConfirmed(e.to_string())))
     }
 
     /// The same, blocking for an fsync.
@@ -189,15 +214,19 @@ impl Alone {
             return Err(e);
         }
         let outcome = self.replica.apply([(index, Some(command))]);
-        if let Some(kept) = &mut *kept
-            && index.0 - kept.folded.0 >= SNAPSHOT_EVERY
-        {
-            // The purge stands whether or not this succeeds; the next tries again.
-            if let Err(e) = kept.fold(&self.replica) {
-                tracing::warn!(error = %e, "the purge log could not be shortened");
-            }
-        }
         Ok(outcome.into_iter().next().unwrap_or(Outcome::Done))
+    }
+
+    /// Shortens the log once it is long. What is in it stands whether or not this
+    /// succeeds; after the next purge it is tried again.
+    fn fold_if_long(&self) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kept) = &mut *kept
+            && self.replica.applied().0 - kept.folded.0 >= SNAPSHOT_EVERY
+            && let Err(e) = kept.fold(&self.replica)
+        {
+            tracing::warn!(error = %e, "the purge log could not be shortened");
+        }
     }
 
     fn disk(&self, reason: AnyError) -> StartError {
@@ -332,6 +361,8 @@ impl Kept {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
     use crate::purge::{PurgeMode, Scope, Subject};
 
@@ -427,6 +458,29 @@ mod tests {
         let alone = Alone::open(path).unwrap();
         assert!(alone.replica.applied() > folded);
         assert_eq!(alone.kept.lock().unwrap().as_ref().unwrap().folded, folded);
+    }
+
+    #[tokio::test]
+    async fn a_purge_waits_for_others_but_not_for_a_disk_that_hangs() {
+        const PATIENCE: Duration = Duration::from_millis(200);
+        let alone = Arc::new(Alone::open(None).unwrap());
+        let key = alone.replica.view().hash_key.unwrap();
+        let turn = alone.turn.clone().lock_owned().await;
+        let began = Instant::now();
+        let others = async {
+            for _ in 0..3 {
+                tokio::time::sleep(PATIENCE / 2).await;
+                alone.written.send_replace(());
+            }
+        };
+        let waiting = alone.purge_within(PATIENCE, url(&key, "/film"), 1);
+        let (purged, ()) = tokio::join!(waiting, others);
+        assert!(matches!(purged, Err(PurgeError::NotConfirmed(_))));
+        assert!(began.elapsed() >= PATIENCE / 2 * 3 + PATIENCE);
+        let before = alone.replica.applied();
+        drop(turn);
+        let receipt = alone.purge(url(&key, "/film"), 2).await.unwrap();
+        assert_eq!(receipt.index.0, before.0 + 1);
     }
 
     #[test]
