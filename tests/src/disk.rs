@@ -4,8 +4,9 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use tempfile::NamedTempFile;
 
@@ -84,16 +85,17 @@ impl SlowDisk {
             .args(["-o", "loop"])
             .arg(image.path())
             .arg(dir))?;
-        Ok(SlowDisk {
+        let disk = SlowDisk {
             dir: dir.to_owned(),
             _image: image,
-        })
+        };
+        drop(WritesHeldUp::of(&disk)?);
+        Ok(disk)
     }
 
     /// Whoever writes to it waits until what is returned is dropped.
     pub fn hold_up_writes(&self) -> WritesHeldUp<'_> {
-        run(Command::new("fsfreeze").arg("--freeze").arg(&self.dir)).expect("it is mounted");
-        WritesHeldUp(self)
+        WritesHeldUp::of(self).expect("as when it was mounted")
     }
 }
 
@@ -104,14 +106,33 @@ impl Drop for SlowDisk {
 }
 
 /// See [`SlowDisk::hold_up_writes`].
-pub struct WritesHeldUp<'a>(&'a SlowDisk);
+pub struct WritesHeldUp<'a> {
+    /// Ends them once its input ends: also where this process is killed, whose
+    /// writing children nobody else could end.
+    thaw: Child,
+    _disk: &'a SlowDisk,
+}
+
+impl WritesHeldUp<'_> {
+    fn of(disk: &SlowDisk) -> Result<WritesHeldUp<'_>, String> {
+        let thaw = Command::new("sh")
+            .args(["-c", r#"cat; fsfreeze --unfreeze "$1""#, "sh"])
+            .arg(&disk.dir)
+            .stdin(Stdio::piped())
+            // Ctrl-C is not for it.
+            .process_group(0)
+            .spawn();
+        let thaw = thaw.map_err(|error| format!("sh: {error}"))?;
+        let held_up = WritesHeldUp { thaw, _disk: disk };
+        run(Command::new("fsfreeze").arg("--freeze").arg(&disk.dir))?;
+        Ok(held_up)
+    }
+}
 
 impl Drop for WritesHeldUp<'_> {
     fn drop(&mut self) {
-        let thaw = run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.0.dir));
-        if let Err(reason) = thaw {
-            eprintln!("writes are still held up: {reason}");
-        }
+        drop(self.thaw.stdin.take());
+        let _ = self.thaw.wait();
     }
 }
 

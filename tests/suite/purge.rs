@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pingora_slice_tests::cluster::{PURGE_TOKEN, Purged};
+use pingora_slice_tests::disk::SlowDisk;
 use pingora_slice_tests::relay::Link;
 use pingora_slice_tests::{Ask, Fault, Film, MIB, Options, SLICE_BYTES, TestCluster, Validators};
 
@@ -373,6 +374,46 @@ async fn without_a_quorum_nothing_is_promised_and_nothing_stale_is_served() {
     cluster.node_mut(1).until_ready().await;
     let purged = cluster.node(3).purge("/film").await;
     assert!(purged.index > 0);
+    cluster.read_from_every_node(&film).await;
+}
+
+/// Whoever leads must write, too. One whose disk takes nothing is followed by another,
+/// answers nothing unconfirmed, and is back once its disk is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_disk_takes_no_writes_is_followed_by_another() {
+    const NODES: [u64; 3] = [1, 2, 3];
+    let mut cluster = Options::cluster(3).prepare().await;
+    let mut disks = Vec::new();
+    for id in NODES {
+        let dir = cluster.node(id).data_dir();
+        std::fs::create_dir_all(&dir).expect("temp dir");
+        match SlowDisk::mount(&dir, 512 * MIB) {
+            Ok(disk) => disks.push(disk),
+            Err(reason) => return eprintln!("NOT TESTED, no disk can be mounted: {reason}"),
+        }
+        cluster.node_mut(id).spawn();
+    }
+    for id in NODES {
+        cluster.node_mut(id).until_ready().await;
+    }
+    let film = cluster.origin.publish("/film", 2 * MIB);
+    cluster.read_from_every_node(&film).await;
+    let (_, status) = cluster.node(1).admin("GET", "/v1/cluster", None).await;
+    let leader = status["leader"].as_u64().expect("a leader");
+    let other = cluster.node(leader % 3 + 1);
+
+    let held_up = disks[leader as usize - 1].hold_up_writes();
+    film.change();
+    let purged = async || other.purge_with("/film", &[]).await.status == 200;
+    other.until("another leads", purged).await;
+    cluster.read_from_every_node(&film).await;
+    let purged = cluster.node(leader).purge_with("/film", &[]).await;
+    assert_eq!(purged.status, 503, "{}", purged.json);
+
+    drop(held_up);
+    film.change();
+    let purged = async || cluster.node(leader).purge_with("/film", &[]).await.status == 200;
+    other.until("it follows", purged).await;
     cluster.read_from_every_node(&film).await;
 }
 
