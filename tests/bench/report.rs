@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::machine;
 
-/// What the issue wants of a ratio.
+/// What is wanted of a ratio.
 #[derive(Clone, Copy, Debug)]
 pub enum Aim {
     /// Ours by theirs, at least.
